@@ -10,15 +10,13 @@ last num_stack frames; PPO reads U, their concatenated latent means.
     python vae_ppo.py --mode adapt --vae runs/Breakout-pretrain-seed1/checkpoint.pt  # PPO trains the encoder
     torchrun --standalone --nproc_per_node=2 vae_ppo.py --mode joint  # two processes learn as one
 
-"authors": the paper does not say, and this is what its public code does.
-"""
+"authors": the paper does not say; its public code does so."""
 
 import argparse
 import csv
 import io
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -34,25 +32,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# Arguments
-
+# ---- Arguments ----
 PPO_MODES = ("fixed", "adapt", "joint")
-PPO_FLAGS = (
-    "total_timesteps num_steps num_stack anneal_lr gamma gae_lambda num_minibatches segment_length clip_coef"
-)
-PPO_FLAGS += " update_epochs norm_adv clip_vloss ent_coef vf_coef max_grad_norm target_kl"
-ONLY_IN = dict.fromkeys(PPO_FLAGS.split(), PPO_MODES) | {"vae": ("fixed", "adapt"), "kappa": ("joint",)}
-ONLY_IN |= dict.fromkeys(("policy", "num_frames", "vae_epochs"), ("pretrain",)) | {
-    "beta": ("pretrain", "joint")
-}
-MAY_CHANGE = {
-    "total_timesteps",
-    "vae_epochs",
-    "checkpoint_every",
-    "cuda",
-    "env_threads",
-    "resume",
-}  # on resume
+PPO_FLAGS = """total_timesteps num_steps num_stack anneal_lr gamma gae_lambda num_minibatches segment_length
+    update_epochs norm_adv clip_coef clip_vloss ent_coef vf_coef max_grad_norm target_kl""".split()
+ONLY_IN = {"vae": ("fixed", "adapt"), "kappa": ("joint",), "beta": ("pretrain", "joint")}
+ONLY_IN |= dict.fromkeys(PPO_FLAGS, PPO_MODES)
+ONLY_IN |= dict.fromkeys(("policy", "num_frames", "vae_epochs"), ("pretrain",))
+MAY_CHANGE = "total_timesteps vae_epochs checkpoint_every cuda env_threads resume run_name runs_dir".split()
 
 
 class UserError(Exception):
@@ -67,29 +54,23 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=1e15):
     """An argparse type: a number in [low, high]."""
 
-    def parse(text):
-        if not low <= kind(text) <= high:  # false for NaN, too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return kind(text)
+    def number(text):
+        if low <= kind(text) <= high:  # never so for NaN
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
 
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
 def build_parser():
     """The command line. Each default says where it is from; README has what was measured."""
-    size, weight, positive, fraction = (
-        number(int, 1),
-        number(float, 0),
-        number(float, 1e-12),
-        number(float, 0, 1),
-    )
-    flag, seed = argparse.BooleanOptionalAction, number(int, 0, 2**31 - 1)
+    size, seed, flag = number(int, 1), number(int, 0, 2**31 - 1), argparse.BooleanOptionalAction
+    fraction, weight, positive = number(float, 0, 1), number(float, 0), number(float, 1e-12)
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     # fmt: off
     add = parser.add_argument_group("run").add_argument
-    add("--mode", choices=("pretrain", *PPO_MODES), help="what is trained, by which loss (required)")
+    add("--mode", choices=("pretrain", *PPO_MODES), required=True, help="what is trained, by which loss")
     add("--env-id", default="ALE/Breakout-v5", help="any ALE/*-v5 game: the paper's")
     add("--seed", type=seed, default=1, help="of weights, actions and games")
     add("--cuda", action=flag, help="run on the GPU; unless told, if there is one")
@@ -133,60 +114,45 @@ def build_parser():
 
 
 def parse_args(argv=None):
-    """Read and check the command line; with --resume, the run's own settings are the defaults. Raises UserError."""
+    """Read and check the command line; --resume takes the run's own settings. Raises UserError."""
     parser = build_parser()
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args), argparse.SUPPRESS))
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v != argparse.SUPPRESS}
-    if args.mode and not args.run_name:
-        game, kappa = (
-            re.sub(r"^ALE/|-v\d+$", "", args.env_id),
-            f"-kappa{args.kappa:g}" * (args.mode == "joint"),
-        )
+    if not args.run_name:  # without the time, so that the next command can name it
+        game, kappa = args.env_id[4:-3], f"-kappa{args.kappa:g}" * (args.mode == "joint")
         args.run_name = f"{game}-{args.mode}{kappa}-seed{args.seed}"
-    if not args.run_name:
-        raise UserError("choose what to train: --mode pretrain, fixed, adapt or joint (see --help)")
     path = Path(args.runs_dir, args.run_name, "checkpoint.pt")
-    if path.parent.exists() != args.resume:
-        way = (
-            "is not there: leave out --resume"
-            if args.resume
-            else "exists: go on with --resume, or name a --run-name"
-        )
-        raise UserError(f"the run folder {path.parent} {way}")
-    if path.exists():  # a run that was killed before its first checkpoint has none, and starts again
-        saved, place = load_checkpoint(path)["args"], {"run_name": args.run_name, "runs_dir": args.runs_dir}
-        for key in saved.keys() & given.keys() - place.keys() - MAY_CHANGE:
+    if path.parent.exists() and not args.resume:
+        raise UserError(f"{path.parent} exists: go on with --resume, or choose another --run-name")
+    if args.resume and not path.parent.exists():
+        raise UserError(f"there is no run {path.parent} to resume: leave out --resume")
+    if path.exists():  # not so in a run that was killed before its first checkpoint: it starts again
+        saved = load_checkpoint(path)["args"]
+        for key in saved.keys() & given.keys() - set(MAY_CHANGE):
             if saved[key] != given[key]:
                 raise UserError(f"{path} has --{key} {saved[key]}, not {given[key]}".replace("_", "-"))
-        args = argparse.Namespace(**vars(args) | saved | given | place)
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.mode == "pretrain" else 1e-3
+        given |= {"run_name": args.run_name, "runs_dir": args.runs_dir}
+        args = argparse.Namespace(**vars(args) | saved | given)
+    args.learning_rate = args.learning_rate or (1e-4 if args.mode == "pretrain" else 1e-3)
     batch, length = args.num_envs * args.num_steps, args.segment_length
-    unused = [k for k in given if args.mode not in ONLY_IN.get(k, (args.mode,))]
-    for wrong, what in (
-        (args.mode is None, "choose what to train: --mode pretrain, fixed, adapt or joint (see --help)"),
-        (unused, f"--mode {args.mode} does not use --{', --'.join(unused).replace('_', '-')}: leave it out"),
-        (
-            args.mode in ONLY_IN["vae"] and not args.vae,
-            f"--mode {args.mode} needs the --vae of a pretrain run",
-        ),
+    unused = [key.replace("_", "-") for key in given if args.mode not in ONLY_IN.get(key, (args.mode,))]
+    for wrong, message in (
+        (unused, f"--mode {args.mode} does not use --{', --'.join(unused)}: leave it out"),
+        (args.mode in ONLY_IN["vae"] and not args.vae, "--mode fixed and adapt need --vae: run pretrain"),
         (args.num_steps % length, f"--segment-length {length} must divide --num-steps {args.num_steps}"),
         (batch // length % args.num_minibatches, f"--num-minibatches must divide {batch // length} segments"),
-        (args.total_timesteps < batch, f"--total-timesteps must be at least one rollout of {batch} steps"),
+        (args.total_timesteps < batch, f"--total-timesteps must be at least one rollout, {batch} steps"),
     ):
         if wrong:
-            raise UserError(what)
+            raise UserError(message)
     return args
 
 
-# Environment
-
-
+# ---- Environment ----
 def make_envs(args):
-    """ale-py's vector environment, a grey 84x84 frame per step (skip 4, max of the last two), and its FIRE action.
-    `life_loss_info` ends an episode at a lost life while the game goes on. Without a FIRE button, FIRE is NOOP.
-    """
+    """ale-py's vector environment, one grey 84x84 frame a step (skip 4, max of two), and FIRE.
+    `life_loss_info` ends an episode at a lost life, not the game. In a game without FIRE, it is NOOP."""
     if gym.spec(args.env_id).namespace != "ALE":
         raise UserError(f"--env-id {args.env_id} is not a game of ale-py: name one like ALE/Breakout-v5")
     rules = dict(stack_num=1, noop_max=30, use_fire_reset=True, life_loss_info=True, reward_clipping=False)
@@ -198,9 +164,8 @@ def make_envs(args):
 
 class Games:
     """num_envs games, their whole-game scores, and one rule for the end of a life and the end of a game.
-    The step after any `done` is a reset row: after a lost life it serves the ball (FIRE), after a game over the
-    environment ignores its action and returns the new game's first frame. It belongs to no episode.
-    """
+    The step after any `done` is a reset row: after a lost life it serves the ball (FIRE), after a game over
+    the environment ignores it and returns the new game's first frame. It belongs to no episode."""
 
     def __init__(self, envs, fire, seeds, scores=()):
         obs, info = envs.reset(seed=seeds)
@@ -210,30 +175,25 @@ class Games:
 
     def step(self, action):
         """One step of each game. Returns frame (N, 84, 84) uint8, raw reward, terminated, truncated (N,)."""
-        obs, reward, terminated, truncated, info = self.envs.step(np.where(self.reset_row, self.fire, action))
+        action = np.where(self.reset_row, self.fire, action)
+        obs, reward, terminated, truncated, info = self.envs.step(action)
         new_game = info["episode_frame_number"] < self.clock  # unlike `lives`, right for every game
         self.scores.extend(self.score[new_game].tolist())
         self.score = np.where(new_game, 0, self.score) + reward
-        self.clock, self.reset_row, self.frame = (
-            info["episode_frame_number"],
-            terminated | truncated,
-            obs[:, 0],
-        )
+        self.clock, self.frame = info["episode_frame_number"], obs[:, 0]
+        self.reset_row = terminated | truncated
         return self.frame, reward, terminated, truncated
 
 
 def reseed(args, rank, iteration):
     """Seed torch for one iteration, so that a resumed run draws what it would have drawn.
-    Returns seeds for new games (num_envs,). No other run, process or iteration has the same.
-    """
+    Returns seeds for new games (num_envs,). No other run, process or iteration has the same."""
     seeds = np.random.SeedSequence([args.seed, rank, iteration]).generate_state(args.num_envs + 1) >> 1
     torch.manual_seed(int(seeds[-1]))
     return seeds[:-1].astype(np.int64)
 
 
-# Model
-
-
+# ---- Model ----
 def init(layer, std=2**0.5):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -277,38 +237,33 @@ class Agent(nn.Module):
 
 def stack_index(row, first, num_stack):
     """Rows of the frames in the stack that ends at `row`, oldest first: (..., num_stack).
-    `first` is the episode's first row: its frame is repeated while the episode is younger than the stack.
-    """
+    The episode's `first` row is repeated while the episode is younger than the stack."""
     age = torch.arange(num_stack - 1, -1, -1, device=row.device)
     return torch.maximum(row[..., None] - age, first[..., None])
 
 
 def stack_features(mu, index):
-    """U from the means: mu (B, rows, latent_dim), index (B, L, num_stack) -> (B, L, num_stack * latent_dim)."""
+    """U: mu (B, rows, latent_dim), index (B, L, num_stack) -> (B, L, num_stack * latent_dim)."""
     return mu[torch.arange(len(mu), device=mu.device)[:, None, None], index].flatten(2)
 
 
-# Losses
-
-
+# ---- Losses ----
 def mean_over_ranks(x):
     """The mean of x over all processes; x itself where there is only one."""
     if dist.is_initialized():
-        x = x.clone()
+        x = x / dist.get_world_size()
         dist.all_reduce(x)
-        x /= dist.get_world_size()
     return x
 
 
 def masked_mean(x, valid):
-    """The mean of x over the valid rows (no reset rows), weighted so that processes average to the mean of all."""
+    """The mean of x over valid rows; over several processes, their mean is the mean of all valid rows."""
     return (x * valid).sum() / mean_over_ranks(valid.sum()).clamp(min=1)
 
 
 def vae_loss(agent, mu, logvar, frames):
-    """The terms of L_VAE (eq. 2), means over B frames: -E_q[log p(x|z)] and KL(q(z|x) || N(0, I)).
-    mu, logvar (B, latent_dim), frames (B, 84, 84) uint8. The first sums over pixels, the second over latents.
-    """
+    """The terms of L_VAE (eq. 2), means over B frames: -E_q[log p(x|z)] and KL(q(z|x) || N(0, I)), which sum
+    over pixels and over latents. mu, logvar (B, latent_dim), frames (B, 84, 84) uint8."""
     z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
     logits = agent.decoder(z).squeeze(1)
     recon = F.binary_cross_entropy_with_logits(logits, frames / 255, reduction="sum") / len(frames)
@@ -317,9 +272,8 @@ def vae_loss(agent, mu, logvar, frames):
 
 
 def ppo_loss(log_probs, value, mb, args):
-    """L_PPO = -(c1 * J_clip - c2 * L_V + c_H * H) with c1 = 1 (eq. 4-7), and metrics; reset rows do not count.
-    log_probs (..., num_actions) and value (...) are the network's now; `mb` holds the rollout's.
-    """
+    """L_PPO = -(c1 * J_clip - c2 * L_V + c_H * H), c1 = 1 (eq. 4-7), over valid rows; and metrics.
+    log_probs (..., num_actions) and value (...) are the network's now, `mb` holds the rollout's."""
     valid, action, advantages = mb["valid"], mb["actions"][..., None], mb["advantages"]
     ratio = (log_probs - mb["log_probs"]).gather(-1, action).squeeze(-1).exp()
     if args.norm_adv:
@@ -340,9 +294,7 @@ def ppo_loss(log_probs, value, mb, args):
     return -(j_clip - args.vf_coef * l_v + args.ent_coef * entropy), metrics
 
 
-# Modes: the paper on one screen
-
-
+# ---- Modes: the paper on one screen ----
 def trainable_parameters(agent, mode):
     """What the optimizer owns. Nothing else decides what a mode trains."""
     encoder = [*agent.encoder.parameters(), *agent.mu.parameters()]
@@ -354,13 +306,12 @@ def trainable_parameters(agent, mode):
 def minibatch_loss(agent, mb, args):
     """The loss of fixed, adapt or joint over B segments of L steps. Returns loss, metrics, taps.
     frames (B, C + L, 84, 84) begin C = num_stack - 1 frames before the segment: each is encoded once, not
-    num_stack times. `taps` are mu as each loss reads it: after backward, .grad is that loss's gradient at U.
-    """
+    num_stack times. `taps` are mu as each loss reads it: backward leaves its gradient at U in .grad."""
     if args.mode == "fixed":
         mu = mb["mu"]  # kept from the rollout: the encoder stands still
     else:
-        mu, logvar = agent.encode(mb["frames"].flatten(0, 1))
-        mu, logvar = mu.unflatten(0, mb["frames"].shape[:2]), logvar.unflatten(0, mb["frames"].shape[:2])
+        B, encoded = len(mb["frames"]), agent.encode(mb["frames"].flatten(0, 1))
+        mu, logvar = (x.unflatten(0, (B, -1)) for x in encoded)  # (B, C + L, latent_dim)
     mu_ppo = mu.view_as(mu)
     log_probs, value = agent.policy(stack_features(mu_ppo, mb["stack"]))
     loss, metrics = ppo_loss(log_probs, value, mb, args)
@@ -374,13 +325,10 @@ def minibatch_loss(agent, mb, args):
     return loss, metrics | {"vae/recon_loss": recon, "vae/kl": kl}, (mu_ppo, mu_vae)
 
 
-# Rollout and GAE
-
-
+# ---- Rollout and GAE ----
 class Rollout:
     """T steps of N games, the C = num_stack - 1 frames before them and the one frame after them.
-    Row C + t of `frames` is the newest that the policy saw at step t. Stacks are indices, not copies.
-    """
+    Row C + t of `frames` is the newest that the policy saw at step t. Stacks are indices, not copies."""
 
     def __init__(self, agent, T, N, device):
         self.C = C = agent.num_stack - 1
@@ -399,14 +347,10 @@ def rollout(agent, games, ro):
     """Play T steps into `ro`. The weights stand still, so only the newest frame is encoded."""
     C, (T, N) = ro.C, ro.actions.shape
     row = torch.arange(C, C + T + 1, device=ro.frames.device)[:, None].expand(-1, N)
-    ro.frames[:C], ro.first[0], ro.reset_row[0] = (
-        ro.frames[T : T + C].clone(),
-        ro.first[T] - T,
-        ro.reset_row[T],
-    )
+    ro.frames[:C], ro.first[0] = ro.frames[T : T + C].clone(), ro.first[T] - T
+    ro.reset_row[0] = ro.reset_row[T]
     ro.frames[C] = torch.from_numpy(games.frame)
-    if C:  # the last rollout's, encoded again with the new weights
-        ro.mu[:C] = agent.encode(ro.frames[:C].flatten(0, 1))[0].view_as(ro.mu[:C])
+    ro.mu[:C] = agent.encode(ro.frames[:C].flatten(0, 1))[0].view_as(ro.mu[:C])  # with the new weights
     for t in range(T + 1):
         ro.mu[C + t] = agent.encode(ro.frames[C + t])[0]
         stack = stack_index(row[t], ro.first[t], C + 1)[:, None]  # (N, 1, num_stack)
@@ -425,8 +369,7 @@ def rollout(agent, games, ro):
 def gae(rewards, values, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016). Returns advantages and returns, each (T, N).
     rewards, terminated, done (T, N), values (T + 1, N). The row after a done holds the true last frame: a
-    truncated episode is bootstrapped with its V. Every done cuts the sum. The reset rows' own are masked later.
-    """
+    truncated episode is bootstrapped with its V. Every done cuts the sum. The reset rows' own are masked."""
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * values[t + 1] * (1 - terminated[t]) - values[t]
@@ -434,11 +377,9 @@ def gae(rewards, values, terminated, done, gamma, gae_lambda):
     return advantages, advantages + values[:-1]
 
 
-# Update
-
-
+# ---- Update ----
 def minibatches(ro, advantages, returns, args):
-    """One epoch: each segment of L steps of one game once, in random order, as dicts of (B, L, ...) tensors."""
+    """One epoch: each segment of L steps of one game once, in random order, as (B, L, ...) tensors."""
     C, L, (T, N), device = ro.C, args.segment_length, ro.actions.shape, ro.frames.device
     for segment in torch.randperm(T // L * N, device=device).chunk(args.num_minibatches):
         t0, env = segment[:, None] // N * L, segment[:, None] % N  # (B, 1)
@@ -451,7 +392,7 @@ def minibatches(ro, advantages, returns, args):
 
 
 def apply_gradient(optimizer, loss, max_grad_norm=0.0):
-    """One step of Adam on the gradient, averaged over processes, its norm clipped unless max_grad_norm is 0."""
+    """One step of Adam on the gradient, averaged over processes and clipped unless max_grad_norm is 0."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
     loss.backward()
@@ -478,10 +419,8 @@ def update(agent, optimizer, ro, args):
             break
         metrics |= apply_gradient(optimizer, loss, args.max_grad_norm)
         if taps:
-            metrics["grad/ppo_at_U"], metrics["grad/vae_at_U"] = (
-                taps[0].grad.norm() / args.kappa,
-                taps[1].grad.norm(),
-            )
+            metrics["grad/ppo_at_U"] = taps[0].grad.norm() / args.kappa
+            metrics["grad/vae_at_U"] = taps[1].grad.norm()
         seen.append(metrics)
     valid, error = ~ro.reset_row[:-1], returns - ro.values[:-1]
     explained = 1 - error[valid].var() / returns[valid].var().clamp(min=1e-8)
@@ -489,24 +428,17 @@ def update(agent, optimizer, ro, args):
     return mean_metrics(seen) | metrics | {"losses/explained_variance": explained.item()}
 
 
-# Pretraining
-
-
+# ---- Pretraining ----
 def collect_frames(args, games, device):
-    """num_frames frames (num_frames, 84, 84) uint8 of games played by --policy or, without it, by chance."""
-    num_actions, latent_dim, num_stack, weights = (
-        int(games.envs.single_action_space.n),
-        args.latent_dim,
-        1,
-        None,
-    )
+    """Frames (num_frames, 84, 84) uint8 of games played by --policy or, without it, by chance."""
+    sizes = (args.latent_dim, 1)
     if args.policy:
         weights = load_checkpoint(args.policy, "--policy", PPO_MODES, args.env_id)["weights"]
-        latent_dim = len(weights["mu.bias"])
-        num_stack = weights["trunk.0.weight"].shape[1] // latent_dim
-    player = Agent(num_actions, latent_dim, num_stack)
+        latent_dim, inputs = len(weights["mu.bias"]), weights["trunk.0.weight"].shape[1]
+        sizes = (latent_dim, inputs // latent_dim)
+    player = Agent(int(games.envs.single_action_space.n), *sizes)
     nn.init.zeros_(player.actor.weight)  # equal logits: every action equally likely
-    if weights:
+    if args.policy:
         load_state(player, weights, f"--policy {args.policy}")
     ro = Rollout(player, math.ceil(args.num_frames / args.num_envs), args.num_envs, device)
     rollout(player.to(device), games, ro)
@@ -523,8 +455,7 @@ def pretrain_epoch(agent, optimizer, frames, args):
     return mean_metrics(seen)
 
 
-# Checkpoint and log
-
+# ---- Checkpoint and log ----
 COLUMNS = (
     "global_step charts/episodic_return charts/SPS charts/learning_rate losses/policy_loss losses/value_loss "
     "losses/entropy losses/approx_kl losses/clipfrac losses/explained_variance losses/updates losses/kl_stop "
@@ -533,7 +464,7 @@ COLUMNS = (
 
 
 def load_checkpoint(path, flag="the checkpoint", modes=None, env_id=None):
-    """Read a checkpoint, executing nothing. Raises UserError for a damaged one or one of another mode or game."""
+    """Read a checkpoint, executing nothing. Raises UserError if damaged, or of another mode or game."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         mode, game = checkpoint["args"]["mode"], checkpoint["args"]["env_id"]
@@ -565,7 +496,7 @@ def load_vae(agent, args):
 
 
 def save_checkpoint(path, agent, optimizer, args, iteration, global_step, scores):
-    """Replace the checkpoint as a whole or not at all. Random generators need no place in it: see `reseed`."""
+    """Replace the checkpoint as a whole or not at all. Random generators need no place in it (`reseed`)."""
     state = {"weights": agent.state_dict(), "optimizer": optimizer.state_dict(), "args": vars(args)}
     buffer, temporary = io.BytesIO(), path.with_suffix(".tmp")
     torch.save(state | {"iteration": iteration, "global_step": global_step, "scores": list(scores)}, buffer)
@@ -580,9 +511,9 @@ def save_checkpoint(path, agent, optimizer, args, iteration, global_step, scores
 
 
 class Log:
-    """metrics.csv and TensorBoard, a row per iteration. A resumed run drops the rows after its checkpoint."""
+    """metrics.csv, TensorBoard and the progress bar. A resumed run drops the rows after its checkpoint."""
 
-    def __init__(self, folder, global_step):
+    def __init__(self, folder, global_step, total):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help does not need it
 
         path, temporary = folder / "metrics.csv", folder / "metrics.tmp"
@@ -593,19 +524,27 @@ class Log:
         temporary.replace(path)
         self.file = path.open("a", newline="")
         self.tensorboard = SummaryWriter(folder, purge_step=global_step + 1)
+        self.bar = tqdm(total=total, initial=global_step, unit="step", unit_scale=True, dynamic_ncols=True)
 
     def write(self, metrics):
         csv.writer(self.file).writerow([metrics.get(column, "") for column in COLUMNS])
         self.file.flush()
         for column, value in metrics.items():
             self.tensorboard.add_scalar(column, value, metrics["global_step"])
+        self.bar.set_postfix_str(
+            f"return {metrics.get('charts/episodic_return', math.nan):.2f}", refresh=False
+        )
+        self.bar.update(metrics["global_step"] - self.bar.n)
 
     def close(self):
-        self.file.close()
-        self.tensorboard.close()
+        for part in (self.bar, self.file, self.tensorboard):
+            part.close()
 
 
-# Train
+# ---- Train ----
+NEXT = dict.fromkeys(("fixed", "adapt"), "tensorboard --logdir {.parent.parent}")
+NEXT |= {"joint": "python vae_ppo.py --mode pretrain --policy {}"}
+NEXT |= {"pretrain": "python vae_ppo.py --mode adapt --vae {}"}
 
 
 def start_process(args):
@@ -623,17 +562,10 @@ def start_process(args):
     return torch.device("cuda" if use_cuda else "cpu"), rank, world
 
 
-def describe(args, device, world, agent, total):
+def announce(args, device, world, total):
     rule = f"sticky actions {args.repeat_action_probability:g}, a lost life ends the episode, not the game"
     work = f"{total:,} steps = {4 * total:,} game frames" if args.mode in PPO_MODES else f"{total:,} frames"
-    where = f"{world} x {device}" if world > 1 else device
-    return f"{args.mode} on {args.env_id}, {agent.actor.out_features} actions | {where} | {rule} | {work}"
-
-
-def next_command(args, path):
-    flags = {"joint": f"python vae_ppo.py --mode pretrain --policy {path}"}
-    flags["pretrain"] = f"python vae_ppo.py --mode adapt --vae {path}"
-    return flags.get(args.mode, f"tensorboard --logdir {args.runs_dir}")
+    print(f"{args.mode} on {args.env_id} | {device} x {world} | {rule} | {work}", flush=True)
 
 
 def train(args):
@@ -642,44 +574,37 @@ def train(args):
     saved = load_checkpoint(path) if path.exists() else {}
     device, rank, world = start_process(args)
     envs, fire = make_envs(args)
-    pretraining = args.mode == "pretrain"
     torch.manual_seed(args.seed)
     agent = Agent(int(envs.single_action_space.n), args.latent_dim, args.num_stack)
     if args.vae and not saved:
         load_vae(agent, args)
     agent.to(device)
-    optimizer = torch.optim.Adam(
-        trainable_parameters(agent, args.mode), args.learning_rate, eps=1e-5, fused=True
-    )
+    parameters = trainable_parameters(agent, args.mode)
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     start, global_step = saved.get("iteration", 0), saved.get("global_step", 0)
     if saved:
         load_state(agent, saved["weights"], path)
         load_state(optimizer, saved["optimizer"], path)
-    seeds = reseed(args, rank, 0 if pretraining else start)
-    games = Games(envs, fire, seeds, () if pretraining else saved.get("scores", ()))
-    if pretraining:
-        frames = collect_frames(args, games, device)  # the same again when resumed
-        batch, num_iterations = world * args.num_frames, args.vae_epochs
+    if args.mode == "pretrain":  # resumed, it collects the same frames again
+        games = Games(envs, fire, reseed(args, rank, 0))
+        frames, batch, num_iterations = collect_frames(args, games, device), args.num_frames, args.vae_epochs
     else:
-        ro, batch = (
-            Rollout(agent, args.num_steps, args.num_envs, device),
-            world * args.num_envs * args.num_steps,
-        )
-        num_iterations = args.total_timesteps // batch
+        games = Games(envs, fire, reseed(args, rank, start), saved.get("scores", ()))
+        ro = Rollout(agent, args.num_steps, args.num_envs, device)
+        batch = args.num_envs * args.num_steps
+        num_iterations = args.total_timesteps // (batch * world)
+    batch *= world
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = Log(path.parent, global_step)
-        print(describe(args, device, world, agent, num_iterations * batch), flush=True)
+        announce(args, device, world, num_iterations * batch)
+        log = Log(path.parent, global_step, num_iterations * batch)
     stop, clock = [], time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, end
         signal.signal(number, lambda number, _: stop.append(number))
-    bar = tqdm(
-        total=num_iterations * batch, initial=global_step, unit="step", unit_scale=True, disable=rank > 0
-    )
 
     for iteration in range(start + 1, num_iterations + 1):
         reseed(args, rank, iteration)
-        if pretraining:
+        if args.mode == "pretrain":
             metrics = pretrain_epoch(agent, optimizer, frames, args)
         else:
             if args.anneal_lr:
@@ -687,31 +612,24 @@ def train(args):
             rollout(agent, games, ro)
             metrics = update(agent, optimizer, ro, args)
         if not all(map(math.isfinite, metrics.values())):
-            raise UserError(
-                f"iteration {iteration}: the loss or its gradient is not finite; {path} is from before"
-            )
+            raise UserError(f"iteration {iteration}: loss or gradient is not finite; none of it is saved")
         global_step, before, clock = global_step + batch, clock, time.perf_counter()
         metrics |= {"global_step": global_step, "charts/SPS": round(batch / (clock - before))}
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         if games.scores:
             metrics["charts/episodic_return"] = sum(games.scores) / len(games.scores)
-        ending = mean_over_ranks(torch.tensor(float(len(stop)))).item() > 0 or iteration == num_iterations
+        stopping = mean_over_ranks(torch.tensor(float(len(stop)), device=device)).item() > 0
         if rank == 0:
             log.write(metrics)
-            bar.update(batch)
-            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', math.nan):.2f}")
-            if ending or iteration % args.checkpoint_every == 0:
+            if stopping or iteration % args.checkpoint_every == 0 or iteration == num_iterations:
                 save_checkpoint(path, agent, optimizer, args, iteration, global_step, games.scores)
-        if ending:
+        if stopping:
             break
-    bar.close()
     envs.close()
     if rank == 0:
         log.close()
-        print(
-            f"saved {path} and metrics.csv; next: "
-            + ("the same with --resume" if stop else next_command(args, path))
-        )
+        following = "the same with --resume" if stop else NEXT[args.mode].format(path)
+        print(f"saved {path} and metrics.csv; next: {following}")
     return 128 + stop[0] if stop else 0
 
 
