@@ -97,7 +97,7 @@ def build_parser():
     add("--anneal-lr", action=flag, default=True, help="learning rate linearly to 0: authors")
     add("--num-steps", type=size, default=128, help="steps of each game per rollout: authors")
     add("--num-stack", type=size, default=4, help="frames that the policy sees: the paper's n")
-    add("--num-minibatches", type=size, default=8, help="per epoch: measured")
+    add("--num-minibatches", type=size, default=16, help="per epoch: measured, see README")
     add("--segment-length", type=size, default=16, help="a minibatch is made of runs of so many steps")
     add("--update-epochs", type=size, default=4, help="passes over a rollout: CleanRL")
     add("--gamma", type=fraction, default=0.99, help="discount: authors")
