@@ -431,15 +431,11 @@ def update(agent, optimizer, ro, args):
 # ---- Pretraining ----
 def collect_frames(args, games, device):
     """Frames (num_frames, 84, 84) uint8 of games played by --policy or, without it, by chance."""
-    sizes = (args.latent_dim, 1)
-    if args.policy:
-        weights = load_checkpoint(args.policy, "--policy", PPO_MODES, args.env_id)["weights"]
-        latent_dim, inputs = len(weights["mu.bias"]), weights["trunk.0.weight"].shape[1]
-        sizes = (latent_dim, inputs // latent_dim)
-    player = Agent(int(games.envs.single_action_space.n), *sizes)
+    saved = load_checkpoint(args.policy, "--policy", PPO_MODES, args.env_id) if args.policy else {}
+    player = Agent(int(games.envs.single_action_space.n), *saved.get("sizes", (args.latent_dim, 1)))
     nn.init.zeros_(player.actor.weight)  # equal logits: every action equally likely
-    if args.policy:
-        load_state(player, weights, f"--policy {args.policy}")
+    if saved:
+        load_state(player, saved["weights"], f"--policy {args.policy}")
     ro = Rollout(player, math.ceil(args.num_frames / args.num_envs), args.num_envs, device)
     rollout(player.to(device), games, ro)
     return ro.frames[ro.C : -1].flatten(0, 1)[: args.num_frames]
@@ -468,7 +464,9 @@ def load_checkpoint(path, flag="the checkpoint", modes=None, env_id=None):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         mode, game = checkpoint["args"]["mode"], checkpoint["args"]["env_id"]
-        assert {"weights", "optimizer", "iteration", "global_step", "scores"} <= checkpoint.keys()
+        assert {"optimizer", "iteration", "global_step", "scores"} <= checkpoint.keys()
+        inputs, latent_dim = (checkpoint["weights"][k].shape[-1] for k in ("trunk.0.weight", "mu.bias"))
+        checkpoint["sizes"] = latent_dim, inputs // latent_dim  # latent_dim, num_stack
     except OSError as error:
         raise UserError(f"{flag} {path}: {error.strerror}") from None
     except Exception:  # torch raises whatever a damaged file makes it stumble over
@@ -485,7 +483,7 @@ def load_state(target, state, name):
     try:
         target.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{name} does not fit: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{name} does not fit these flags: {str(error).splitlines()[-1].strip()}") from None
 
 
 def load_vae(agent, args):
@@ -542,9 +540,9 @@ class Log:
 
 
 # ---- Train ----
-NEXT = dict.fromkeys(("fixed", "adapt"), "tensorboard --logdir {.parent.parent}")
-NEXT |= {"joint": "python vae_ppo.py --mode pretrain --policy {}"}
-NEXT |= {"pretrain": "python vae_ppo.py --mode adapt --vae {}"}
+NEXT = dict.fromkeys(("fixed", "adapt"), "tensorboard --logdir {runs_dir}")
+NEXT |= {"joint": "python vae_ppo.py --mode pretrain --env-id {env_id} --policy {path}"}
+NEXT |= {"pretrain": "python vae_ppo.py --mode adapt --env-id {env_id} --vae {path}"}
 
 
 def start_process(args):
@@ -628,7 +626,7 @@ def train(args):
     envs.close()
     if rank == 0:
         log.close()
-        following = "the same with --resume" if stop else NEXT[args.mode].format(path)
+        following = "the same with --resume" if stop else NEXT[args.mode].format(path=path, **vars(args))
         print(f"saved {path} and metrics.csv; next: {following}")
     return 128 + stop[0] if stop else 0
 
