@@ -131,7 +131,7 @@ def parse_args(argv=None):
         saved = load_checkpoint(path)["args"]
         for key in saved.keys() & given.keys() - set(MAY_CHANGE):
             if saved[key] != given[key]:
-                raise UserError(f"{path} has --{key} {saved[key]}, not {given[key]}".replace("_", "-"))
+                raise UserError(f"{path} has {key} {saved[key]}: resume it so, not with {given[key]}")
         given |= {"run_name": args.run_name, "runs_dir": args.runs_dir}
         args = argparse.Namespace(**vars(args) | saved | given)
     args.learning_rate = args.learning_rate or (1e-4 if args.mode == "pretrain" else 1e-3)
