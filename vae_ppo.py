@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -109,7 +110,6 @@ def build_parser():
     add("--vf-coef", type=weight, default=0.5, help="c2, weight of the value loss: authors")
     add("--max-grad-norm", type=weight, default=0.5, help="clip the gradient's norm, 0: never; authors")
     add("--target-kl", type=weight, default=0.015, help="no update past this KL, 0: no limit; authors")
-    # fmt: on
     return parser
 
 
@@ -334,7 +334,7 @@ class Rollout:
         self.C = C = agent.num_stack - 1
         self.frames = torch.zeros(C + T + 1, N, 84, 84, dtype=torch.uint8, device=device)
         self.mu = torch.zeros(C + T + 1, N, agent.mu.out_features, device=device)
-        self.first = torch.full((T + 1, N), C, device=device)  # row of the episode's first frame
+        self.first = torch.full((T + 1, N), T + C, device=device)  # row of the episode's first frame
         self.reset_row = torch.zeros(T + 1, N, dtype=torch.bool, device=device)
         self.actions = torch.zeros(T, N, dtype=torch.long, device=device)
         self.log_probs = torch.zeros(T, N, agent.actor.out_features, device=device)  # all: the KL is exact
@@ -410,12 +410,11 @@ def mean_metrics(seen):
 def update(agent, optimizer, ro, args):
     """Epochs of minibatches, until KL(old || new) passes the target. Returns metrics."""
     advantages, returns = gae(ro.rewards, ro.values, ro.terminated, ro.done, args.gamma, args.gae_lambda)
-    seen, stop = [], False
+    seen = []
     for mb in (mb for _ in range(args.update_epochs) for mb in minibatches(ro, advantages, returns, args)):
         loss, metrics, taps = minibatch_loss(agent, mb, args)
         approx_kl = mean_over_ranks(metrics["losses/approx_kl"].detach()).item()  # waits for the device
-        stop = 0 < args.target_kl < approx_kl
-        if stop:
+        if 0 < args.target_kl < approx_kl:
             break
         metrics |= apply_gradient(optimizer, loss, args.max_grad_norm)
         if taps:
@@ -424,7 +423,8 @@ def update(agent, optimizer, ro, args):
         seen.append(metrics)
     valid, error = ~ro.reset_row[:-1], returns - ro.values[:-1]
     explained = 1 - error[valid].var() / returns[valid].var().clamp(min=1e-8)
-    metrics = {"losses/updates": len(seen), "losses/kl_stop": int(stop), "losses/approx_kl": approx_kl}
+    stopped = int(0 < args.target_kl < approx_kl)
+    metrics = {"losses/updates": len(seen), "losses/kl_stop": stopped, "losses/approx_kl": approx_kl}
     return mean_metrics(seen) | metrics | {"losses/explained_variance": explained.item()}
 
 
@@ -462,7 +462,8 @@ COLUMNS = (
 def load_checkpoint(path, flag="the checkpoint", modes=None, env_id=None):
     """Read a checkpoint, executing nothing. Raises UserError if damaged, or of another mode or game."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         mode, game = checkpoint["args"]["mode"], checkpoint["args"]["env_id"]
         assert {"optimizer", "iteration", "global_step", "scores"} <= checkpoint.keys()
         inputs, latent_dim = (checkpoint["weights"][k].shape[-1] for k in ("trunk.0.weight", "mu.bias"))
