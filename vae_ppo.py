@@ -94,7 +94,7 @@ def build_parser():
     add("--vae-epochs", type=size, default=20, help="passes over them (pretrain): loss nearly flat")
     add = parser.add_argument_group("PPO (fixed, adapt, joint)").add_argument
     add("--total-timesteps", type=size, default=10_000_000, help="env steps of 4 game frames: the paper")
-    add("--learning-rate", type=positive, help="of Adam; unless told, 1e-3: measured, pretrain 1e-4: authors")
+    add("--learning-rate", type=positive, help="unless told, 1e-3, adapt 2.5e-4, pretrain 1e-4")
     add("--anneal-lr", action=flag, default=True, help="learning rate linearly to 0: authors")
     add("--num-steps", type=size, default=128, help="steps of each game per rollout: authors")
     add("--num-stack", type=size, default=4, help="frames that the policy sees: the paper's n")
@@ -134,7 +134,7 @@ def parse_args(argv=None):
                 raise UserError(f"{path} has {key} {saved[key]}: resume it so, not with {given[key]}")
         given |= {"run_name": args.run_name, "runs_dir": args.runs_dir}
         args = argparse.Namespace(**vars(args) | saved | given)
-    args.learning_rate = args.learning_rate or (1e-4 if args.mode == "pretrain" else 1e-3)
+    args.learning_rate = args.learning_rate or {"pretrain": 1e-4, "adapt": 2.5e-4}.get(args.mode, 1e-3)
     batch, length = args.num_envs * args.num_steps, args.segment_length
     unused = [key.replace("_", "-") for key in given if args.mode not in ONLY_IN.get(key, (args.mode,))]
     for wrong, message in (
