@@ -570,7 +570,7 @@ def test_minibatches_cover_each_step_once(L, segments, N, seed, data):
 @pytest.fixture(scope="module")
 def breakout():
     """800 steps of 4 real games, whose player never serves: a list of one dict of arrays per step."""
-    envs, fire = vae_ppo.make_envs(make_args("joint", "--num-envs 4 --env-threads 1"))
+    envs, fire = vae_ppo.make_envs(make_args("joint", "--num-envs 4 --env-threads 1 --runs-dir none"))
     games, log, real, rng = vae_ppo.Games(envs, fire, np.arange(4)), [], envs.step, np.random.default_rng(0)
 
     def step(action):
