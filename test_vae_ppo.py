@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -197,14 +198,14 @@ def test_pretrained_weights_are_handed_on_exactly(mode, vae_run):
 
 @pytest.fixture
 def joint_step():
-    """A joint minibatch: agent, args, minibatch, loss, metrics, taps; backward is done."""
+    """A joint minibatch: agent, args, minibatch, loss, metrics; backward is done."""
     agent, args = make_agent(), make_args("joint", "--kappa 3 --beta 2 --num-minibatches 1")
     mb = one_minibatch(agent, args, play(agent)[0])
     agent.actor.weight.data *= 1.5  # now the new policy differs from the rollout's
     torch.manual_seed(7)
-    loss, metrics, taps = vae_ppo.minibatch_loss(agent, mb, args)
+    loss, metrics = vae_ppo.minibatch_loss(agent, mb, args)
     loss.backward()
-    return agent, args, mb, loss, metrics, taps
+    return agent, args, mb, loss, metrics
 
 
 def test_joint_gradient_is_kappa_ppo_plus_vae(joint_step):
@@ -228,7 +229,8 @@ def test_joint_gradient_is_kappa_ppo_plus_vae(joint_step):
 
 def test_taps_hold_the_gradients_at_u(joint_step):
     """The taps' gradients are those of kappa * L_PPO and of L_VAE with respect to the latent means."""
-    agent, args, mb, _, _, (ppo_tap, vae_tap) = joint_step
+    agent, args, mb, *_ = joint_step
+    ppo_tap, vae_tap = mb["taps"].grad
     mu, logvar = (x.unflatten(0, mb["frames"].shape[:2]) for x in agent.encode(mb["frames"].flatten(0, 1)))
     features = vae_ppo.stack_features(mu, mb["stack"])
     ppo = args.kappa * vae_ppo.ppo_loss(*agent.policy(features), mb, args)[0]
@@ -236,8 +238,8 @@ def test_taps_hold_the_gradients_at_u(joint_step):
     recon, kl = vae_ppo.vae_loss(agent, *(x[:, 3:].flatten(0, 1) for x in (mu, logvar, mb["frames"])))
     (g_ppo,) = torch.autograd.grad(ppo, mu, retain_graph=True)
     (g_vae,) = torch.autograd.grad(recon + args.beta * kl, mu)
-    torch.testing.assert_close(ppo_tap.grad, g_ppo)
-    torch.testing.assert_close(vae_tap.grad, g_vae)
+    torch.testing.assert_close(ppo_tap, g_ppo)
+    torch.testing.assert_close(vae_tap, g_vae)
     assert (g_vae[:, :3] == 0).all() and (g_ppo[:, :3] != 0).any()
 
 
@@ -250,10 +252,30 @@ def test_logged_gradients_are_norms_at_u_without_kappa():
     torch.manual_seed(3)
     metrics = vae_ppo.update(agent, optimizer, ro, args)
     torch.manual_seed(3)
-    loss, _, taps = vae_ppo.minibatch_loss(twin, one_minibatch(twin, args, ro), args)
-    loss.backward()
-    assert metrics["grad/ppo_at_U"] == pytest.approx(taps[0].grad.norm().item() / 7, rel=1e-4)
-    assert metrics["grad/vae_at_U"] == pytest.approx(taps[1].grad.norm().item(), rel=1e-4)
+    mb = one_minibatch(twin, args, ro)
+    vae_ppo.minibatch_loss(twin, mb, args)[0].backward()
+    ppo_tap, vae_tap = mb["taps"].grad
+    assert metrics["grad/ppo_at_U"] == pytest.approx(ppo_tap.norm().item() / 7, rel=1e-4)
+    assert metrics["grad/vae_at_U"] == pytest.approx(vae_tap.norm().item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of itself
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_loss_is_the_eager_one(joint_step, monkeypatch):
+    """torch.compile leaves loss and gradients as they are, in one graph; each call draws z anew."""
+    agent, args, mb, loss, _ = joint_step
+    eager = flat(agent.parameters())
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the eager generator's numbers
+    compiled = torch.compile(vae_ppo.minibatch_loss, fullgraph=True)
+    agent.zero_grad()
+    torch.manual_seed(7)
+    first, metrics = compiled(agent, mb, args)
+    first.backward()
+    torch.testing.assert_close(first, loss)
+    torch.testing.assert_close(
+        flat(agent.parameters()), eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item()
+    )
+    assert compiled(agent, mb, args)[1]["vae/recon_loss"] != metrics["vae/recon_loss"]
 
 
 # ---- Stacks ----
@@ -735,12 +757,12 @@ def stop_in_iteration(number, monkeypatch, sig=signal.SIGINT):
     """Send this process a signal in the middle of the numbered iteration. Returns the list of calls."""
     real, calls = vae_ppo.update, []
 
-    def update(agent, optimizer, ro, args):
+    def update(agent, optimizer, *inputs):
         states = agent.state_dict(), optimizer.state_dict()
         calls.append((copy.deepcopy(states), optimizer.param_groups[0]["lr"]))
         if len(calls) == number:
             os.kill(os.getpid(), sig)
-        return real(agent, optimizer, ro, args)
+        return real(agent, optimizer, *inputs)
 
     monkeypatch.setattr(vae_ppo, "update", update)
     return calls
@@ -851,6 +873,21 @@ def test_nan_loss_keeps_the_last_good_checkpoint(monkeypatch, capsys):
     assert [row["global_step"] for row in rows_of("runs/r")] == ["32"]
 
 
+@pytest.mark.parametrize("column, ill", [("losses/entropy", 0.001), ("losses/updates", 1), ("vae/kl", 0.001)])
+def test_a_symptom_is_said_once(column, ill, tmp_path, capsys):
+    """Ten iterations in a row of no entropy, of a KL stop at once, or of a dead VAE: one warning, ever."""
+    log = vae_ppo.Log(tmp_path, 0, 100)
+    for step, (value, said) in enumerate(
+        [(ill, 0)] * 9 + [(9, 0)] + [(ill, 0)] * 9 + [(ill, 1), (9, 1)] + [(ill, 1)] * 12
+    ):
+        log.write({"global_step": step, column: value})
+        if said == 0:
+            assert "warning" not in capsys.readouterr().err
+    assert capsys.readouterr().err.count(f"warning: {column}") == 1
+    vae_ppo.Log(tmp_path, 99, 100).write({"global_step": 100})  # a column without a value is no symptom
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_signal_saves_and_ends_the_run():
     """Ctrl-C, or SIGTERM, to a running program has it save a checkpoint and exit with 130, or 143."""
     flags, runs = [*TINY_JOINT, "--total-timesteps", "1000000", "--run-name"], {}
@@ -876,8 +913,8 @@ def on_rank(rank, port, data):
     torch.set_num_threads(1)
     kept, real = {}, vae_ppo.update
 
-    def update(agent, optimizer, ro, args):
-        metrics = real(agent, optimizer, ro, args)
+    def update(*inputs):
+        metrics, agent, ro = real(*inputs), inputs[0], inputs[2]
         kept.update(weights=agent.state_dict(), frames=ro.frames.clone(), metrics=metrics)
         return metrics
 
@@ -923,6 +960,33 @@ def test_two_process_gradient_is_that_of_all_data(two_ranks):
     assert two_ranks[0]["loss"].item() == pytest.approx(loss.item())
 
 
+def test_a_killed_process_ends_the_others():
+    """When one process is killed, the other ends with one sentence and exit code 2, and does not hang."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "vae_ppo.py"), *TINY_JOINT, "--total-timesteps", "1000000"]
+    command += ["--run-name", "ranks"]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | where | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    while processes[0].poll() is None and not (
+        Path("runs/ranks/metrics.csv").exists() and rows_of("runs/ranks")
+    ):
+        time.sleep(0.1)
+    processes[1].kill()
+    errors = processes[0].communicate(timeout=60)[1]
+    processes[1].communicate()
+    assert processes[0].returncode == 2
+    assert "another process" in errors.splitlines()[-1] and "Traceback" not in errors
+
+
 # ---- Bad input ----
 def refused(argv, capsys, *words):
     """main(argv) exits with 2 and one line on stderr that has the words, and touches nothing on disk."""
@@ -962,7 +1026,8 @@ DAMAGED = {
 def reading(flag, path):
     """A command that reads the checkpoint at `path` by `flag`."""
     mode = {"--resume": "joint", "--vae": "adapt", "--policy": "pretrain"}[flag]
-    value = ["--run-name", path.parent.name] if flag == "--resume" else [path, *SMALL, "--run-name", "new"]
+    sizes = TINY if mode == "adapt" else SMALL
+    value = ["--run-name", path.parent.name] if flag == "--resume" else [path, *sizes, "--run-name", "new"]
     return ["--mode", mode, flag, *value]
 
 
@@ -1031,7 +1096,7 @@ BAD = [
     ([*JOINT, "--seed", "-1"], ["--seed", "-1"]),
     ([*JOINT, "--seed", "9999999999"], ["--seed", "9999999999"]),
     ([*JOINT, "--num-steps", "100"], ["--segment-length", "100"]),
-    ([*JOINT, "--num-minibatches", "7"], ["--num-minibatches", "128"]),
+    ([*JOINT, "--num-minibatches", "7"], ["--num-minibatches", "64"]),
     ([*JOINT, "--total-timesteps", "2047"], ["--total-timesteps", "2048"]),
     ([*JOINT, "--frames", "1"], ["--frames"]),
     ([*JOINT, "--resume"], ["--resume"]),
@@ -1045,6 +1110,12 @@ def test_bad_input_is_refused(argv, words, capsys):
     """What makes no sense ends with exit code 2 and one sentence that names it."""
     Path("file").write_text("a regular file")
     refused(argv, capsys, *words)
+
+
+def test_compile_without_a_compiler_is_refused(monkeypatch, capsys):
+    """--compile says which compiler is missing."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    refused([*JOINT, "--compile"], capsys, "--compile", "g++")
 
 
 @pytest.mark.parametrize(

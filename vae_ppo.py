@@ -1,22 +1,21 @@
 """Guiding Representation Learning in Deep Generative Models with Policy Gradients, in one file.
 
-A VAE trained alone on Atari Breakout leaves out the ball, so no policy can play from its latent space. Policy
-gradients sent through the encoder put the ball back. One encoder q(z|x) with shared weights reads each of the
-last num_stack frames; PPO reads U, their concatenated latent means.
-
     python vae_ppo.py --mode joint --kappa 20 --cuda  # kappa * L_PPO + L_VAE (eq. 3), from scratch
     python vae_ppo.py --mode pretrain --policy runs/Breakout-joint-kappa20-seed1/checkpoint.pt  # VAE alone
     python vae_ppo.py --mode fixed --vae runs/Breakout-pretrain-seed1/checkpoint.pt  # PPO, frozen encoder
     python vae_ppo.py --mode adapt --vae runs/Breakout-pretrain-seed1/checkpoint.pt  # PPO trains the encoder
-    torchrun --standalone --nproc_per_node=2 vae_ppo.py --mode joint  # two processes learn as one
 
-"authors": the paper does not say; its public code does so."""
+A VAE trained alone on Atari Breakout leaves out the ball, so no policy can play from its latent space. Policy
+gradients sent through the encoder put the ball back. One encoder q(z|x) with shared weights reads each of the
+last num_stack frames; PPO reads U, their concatenated latent means."""
 
 import argparse
 import csv
+import ctypes
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ---- Arguments ----
@@ -40,7 +40,8 @@ PPO_FLAGS = """total_timesteps num_steps num_stack anneal_lr gamma gae_lambda nu
 ONLY_IN = {"vae": ("fixed", "adapt"), "kappa": ("joint",), "beta": ("pretrain", "joint")}
 ONLY_IN |= dict.fromkeys(PPO_FLAGS, PPO_MODES)
 ONLY_IN |= dict.fromkeys(("policy", "num_frames", "vae_epochs"), ("pretrain",))
-MAY_CHANGE = "total_timesteps vae_epochs checkpoint_every cuda env_threads resume run_name runs_dir".split()
+MAY_CHANGE = """total_timesteps vae_epochs checkpoint_every cuda compile env_threads resume run_name
+    runs_dir""".split()
 
 
 class UserError(Exception):
@@ -64,7 +65,7 @@ def number(kind, low, high=1e15):
 
 
 def build_parser():
-    """The command line. Each default says where it is from; README has what was measured."""
+    """The command line. Each default says where it is from; "authors": their code, the paper is silent."""
     size, seed, flag = number(int, 1), number(int, 0, 2**31 - 1), argparse.BooleanOptionalAction
     fraction, weight, positive = number(float, 0, 1), number(float, 0), number(float, 1e-12)
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -75,6 +76,7 @@ def build_parser():
     add("--env-id", default="ALE/Breakout-v5", help="any ALE/*-v5 game: the paper's")
     add("--seed", type=seed, default=1, help="of weights, actions and games")
     add("--cuda", action=flag, help="run on the GPU; unless told, if there is one")
+    add("--compile", action=flag, default=False, help="torch.compile encoder, policy and losses: LeanRL")
     add("--torch-deterministic", action=flag, default=True, help="repeatable CUDA kernels: CleanRL")
     add("--runs-dir", default="runs", help="where runs are kept")
     add("--run-name", help="folder in it; unless told, made of game, mode, kappa and seed")
@@ -99,7 +101,7 @@ def build_parser():
     add("--num-steps", type=size, default=128, help="steps of each game per rollout: authors")
     add("--num-stack", type=size, default=4, help="frames that the policy sees: the paper's n")
     add("--num-minibatches", type=size, default=16, help="per epoch: measured, see README")
-    add("--segment-length", type=size, default=16, help="a minibatch is made of runs of so many steps")
+    add("--segment-length", type=size, default=32, help="a minibatch is made of runs of so many steps")
     add("--update-epochs", type=size, default=4, help="passes over a rollout: CleanRL")
     add("--gamma", type=fraction, default=0.99, help="discount: authors")
     add("--gae-lambda", type=fraction, default=0.95, help="lambda of GAE: authors")
@@ -119,9 +121,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args), argparse.SUPPRESS))
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v != argparse.SUPPRESS}
-    if not args.run_name:  # without the time, so that the next command can name it
-        game, kappa = args.env_id[4:-3], f"-kappa{args.kappa:g}" * (args.mode == "joint")
-        args.run_name = f"{game}-{args.mode}{kappa}-seed{args.seed}"
+    kappa = f"-kappa{args.kappa:g}" * (args.mode == "joint")  # without the time: other commands name it
+    args.run_name = args.run_name or f"{args.env_id[4:-3]}-{args.mode}{kappa}-seed{args.seed}"
     path = Path(args.runs_dir, args.run_name, "checkpoint.pt")
     if path.parent.exists() and not args.resume:
         raise UserError(f"{path.parent} exists: go on with --resume, or choose another --run-name")
@@ -135,9 +136,10 @@ def parse_args(argv=None):
         given |= {"run_name": args.run_name, "runs_dir": args.runs_dir}
         args = argparse.Namespace(**vars(args) | saved | given)
     args.learning_rate = args.learning_rate or {"pretrain": 1e-4, "adapt": 2.5e-4}.get(args.mode, 1e-3)
-    batch, length = args.num_envs * args.num_steps, args.segment_length
+    batch, length = args.num_envs * args.num_steps * (args.mode in PPO_MODES), args.segment_length
     unused = [key.replace("_", "-") for key in given if args.mode not in ONLY_IN.get(key, (args.mode,))]
     for wrong, message in (
+        (args.compile and not shutil.which("g++"), "--compile needs g++: install it, or leave the flag out"),
         (unused, f"--mode {args.mode} does not use --{', --'.join(unused)}: leave it out"),
         (args.mode in ONLY_IN["vae"] and not args.vae, "--mode fixed and adapt need --vae: run pretrain"),
         (args.num_steps % length, f"--segment-length {length} must divide --num-steps {args.num_steps}"),
@@ -213,14 +215,12 @@ class Agent(nn.Module):
             *(init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU()),
         )
         self.mu, self.logvar = init(nn.Linear(512, latent_dim), 1.0), init(nn.Linear(512, latent_dim), 0.01)
-        self.decoder = nn.Sequential(  # (B, latent_dim) -> logits (B, 1, 84, 84) in 7x7 patches of 12x12
-            *(init(nn.Linear(latent_dim, 512)), nn.ReLU()),
-            *(init(nn.Linear(512, 64 * 7 * 7)), nn.ReLU(), nn.Unflatten(1, (64, 7, 7))),
-            *(init(nn.Conv2d(64, 12 * 12, 1), 1.0), nn.PixelShuffle(12)),
+        self.decoder = nn.Sequential(  # (B, latent_dim) -> logits (B, 84, 84)
+            *(init(nn.Linear(latent_dim, 256)), nn.ReLU()),
+            *(init(nn.Linear(256, 84 * 84), 1.0), nn.Unflatten(1, (84, 84))),
         )
-        self.trunk = nn.Sequential(
-            *(init(nn.Linear(num_stack * latent_dim, 64)), nn.Tanh(), init(nn.Linear(64, 64)), nn.Tanh())
-        )
+        second = init(nn.Linear(64, 64)), nn.Tanh()
+        self.trunk = nn.Sequential(init(nn.Linear(num_stack * latent_dim, 64)), nn.Tanh(), *second)
         self.actor, self.critic = init(nn.Linear(64, num_actions), 0.01), init(nn.Linear(64, 1), 1.0)
         self.to(memory_format=torch.channels_last)  # makes the encoder twice as fast on a CPU
 
@@ -252,7 +252,10 @@ def mean_over_ranks(x):
     """The mean of x over all processes; x itself where there is only one."""
     if dist.is_initialized():
         x = x / dist.get_world_size()
-        dist.all_reduce(x)
+        try:
+            dist.all_reduce(x)
+        except RuntimeError:
+            raise UserError("another process of this run has ended: start all again, with --resume") from None
     return x
 
 
@@ -265,8 +268,7 @@ def vae_loss(agent, mu, logvar, frames):
     """The terms of L_VAE (eq. 2), means over B frames: -E_q[log p(x|z)] and KL(q(z|x) || N(0, I)), which sum
     over pixels and over latents. mu, logvar (B, latent_dim), frames (B, 84, 84) uint8."""
     z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
-    logits = agent.decoder(z).squeeze(1)
-    recon = F.binary_cross_entropy_with_logits(logits, frames / 255, reduction="sum") / len(frames)
+    recon = F.binary_cross_entropy_with_logits(agent.decoder(z), frames / 255, reduction="sum") / len(frames)
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
     return recon, kl
 
@@ -304,25 +306,23 @@ def trainable_parameters(agent, mode):
 
 
 def minibatch_loss(agent, mb, args):
-    """The loss of fixed, adapt or joint over B segments of L steps. Returns loss, metrics, taps.
+    """The loss of fixed, adapt or joint over B segments of L steps. Returns loss, metrics.
     frames (B, C + L, 84, 84) begin C = num_stack - 1 frames before the segment: each is encoded once, not
-    num_stack times. `taps` are mu as each loss reads it: backward leaves its gradient at U in .grad."""
+    num_stack times. `taps` are zeros, where backward leaves the gradient of each loss at U."""
     if args.mode == "fixed":
         mu = mb["mu"]  # kept from the rollout: the encoder stands still
     else:
         B, encoded = len(mb["frames"]), agent.encode(mb["frames"].flatten(0, 1))
         mu, logvar = (x.unflatten(0, (B, -1)) for x in encoded)  # (B, C + L, latent_dim)
-    mu_ppo = mu.view_as(mu)
+    mu_ppo, mu_vae = mu + mb["taps"]
     log_probs, value = agent.policy(stack_features(mu_ppo, mb["stack"]))
     loss, metrics = ppo_loss(log_probs, value, mb, args)
     if args.mode != "joint":
-        return loss, metrics, ()
-    mu_vae, C = mu.view_as(mu), agent.num_stack - 1  # the first C frames are another segment's to decode
+        return loss, metrics
+    C = agent.num_stack - 1  # the first C frames are another segment's to decode
     recon, kl = vae_loss(agent, *(x[:, C:].flatten(0, 1) for x in (mu_vae, logvar, mb["frames"])))
     loss = args.kappa * loss + recon + args.beta * kl  # eq. 3: the gradients meet at U
-    mu_ppo.retain_grad()
-    mu_vae.retain_grad()
-    return loss, metrics | {"vae/recon_loss": recon, "vae/kl": kl}, (mu_ppo, mu_vae)
+    return loss, metrics | {"vae/recon_loss": recon, "vae/kl": kl}
 
 
 # ---- Rollout and GAE ----
@@ -348,8 +348,7 @@ def rollout(agent, games, ro):
     C, (T, N) = ro.C, ro.actions.shape
     row = torch.arange(C, C + T + 1, device=ro.frames.device)[:, None].expand(-1, N)
     ro.frames[:C], ro.first[0] = ro.frames[T : T + C].clone(), ro.first[T] - T
-    ro.reset_row[0] = ro.reset_row[T]
-    ro.frames[C] = torch.from_numpy(games.frame)
+    ro.reset_row[0], ro.frames[C] = ro.reset_row[T], torch.from_numpy(games.frame)
     ro.mu[:C] = agent.encode(ro.frames[:C].flatten(0, 1))[0].view_as(ro.mu[:C])  # with the new weights
     for t in range(T + 1):
         ro.mu[C + t] = agent.encode(ro.frames[C + t])[0]
@@ -367,9 +366,8 @@ def rollout(agent, games, ro):
 
 
 def gae(rewards, values, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al. 2016). Returns advantages and returns, each (T, N).
-    rewards, terminated, done (T, N), values (T + 1, N). The row after a done holds the true last frame: a
-    truncated episode is bootstrapped with its V. Every done cuts the sum. The reset rows' own are masked."""
+    """GAE (Schulman et al. 2016): advantages, returns. All are (T, N), but values (T + 1, N). The row after a
+    done holds the true last frame, whose V bootstraps a truncated episode. Every done cuts the sum."""
     advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         delta = rewards[t] + gamma * values[t + 1] * (1 - terminated[t]) - values[t]
@@ -388,6 +386,7 @@ def minibatches(ro, advantages, returns, args):
         mb |= {"advantages": advantages[t, env], "returns": returns[t, env]}
         mb["valid"] = (~ro.reset_row[t, env]).float()
         mb["stack"] = stack_index(t + C - t0, ro.first[t, env] - t0, C + 1)  # in rows of the segment
+        mb["taps"] = torch.zeros(2, *rows.shape, ro.mu.shape[-1], device=device, requires_grad=True)
         yield mb | ({"mu": ro.mu[rows, env]} if args.mode == "fixed" else {"frames": ro.frames[rows, env]})
 
 
@@ -407,24 +406,23 @@ def mean_metrics(seen):
     return {k: torch.stack([m[k].detach() for m in seen]).mean().item() for k in seen[0]} if seen else {}
 
 
-def update(agent, optimizer, ro, args):
+def update(agent, optimizer, ro, args, minibatch_loss=minibatch_loss):
     """Epochs of minibatches, until KL(old || new) passes the target. Returns metrics."""
     advantages, returns = gae(ro.rewards, ro.values, ro.terminated, ro.done, args.gamma, args.gae_lambda)
     seen = []
     for mb in (mb for _ in range(args.update_epochs) for mb in minibatches(ro, advantages, returns, args)):
-        loss, metrics, taps = minibatch_loss(agent, mb, args)
+        loss, metrics = minibatch_loss(agent, mb, args)
         approx_kl = mean_over_ranks(metrics["losses/approx_kl"].detach()).item()  # waits for the device
-        if 0 < args.target_kl < approx_kl:
+        if stopped := 0 < args.target_kl < approx_kl:
             break
         metrics |= apply_gradient(optimizer, loss, args.max_grad_norm)
-        if taps:
-            metrics["grad/ppo_at_U"] = taps[0].grad.norm() / args.kappa
-            metrics["grad/vae_at_U"] = taps[1].grad.norm()
+        if args.mode == "joint":
+            ppo_at_u, metrics["grad/vae_at_U"] = mb["taps"].grad.flatten(1).norm(dim=1)
+            metrics["grad/ppo_at_U"] = ppo_at_u / args.kappa
         seen.append(metrics)
     valid, error = ~ro.reset_row[:-1], returns - ro.values[:-1]
     explained = 1 - error[valid].var() / returns[valid].var().clamp(min=1e-8)
-    stopped = int(0 < args.target_kl < approx_kl)
-    metrics = {"losses/updates": len(seen), "losses/kl_stop": stopped, "losses/approx_kl": approx_kl}
+    metrics = {"losses/updates": len(seen), "losses/kl_stop": int(stopped), "losses/approx_kl": approx_kl}
     return mean_metrics(seen) | metrics | {"losses/explained_variance": explained.item()}
 
 
@@ -434,8 +432,7 @@ def collect_frames(args, games, device):
     saved = load_checkpoint(args.policy, "--policy", PPO_MODES, args.env_id) if args.policy else {}
     player = Agent(int(games.envs.single_action_space.n), *saved.get("sizes", (args.latent_dim, 1)))
     nn.init.zeros_(player.actor.weight)  # equal logits: every action equally likely
-    if saved:
-        load_state(player, saved["weights"], f"--policy {args.policy}")
+    load_state(player, saved.get("weights", player.state_dict()), f"--policy {args.policy}")
     ro = Rollout(player, math.ceil(args.num_frames / args.num_envs), args.num_envs, device)
     rollout(player.to(device), games, ro)
     return ro.frames[ro.C : -1].flatten(0, 1)[: args.num_frames]
@@ -452,11 +449,9 @@ def pretrain_epoch(agent, optimizer, frames, args):
 
 
 # ---- Checkpoint and log ----
-COLUMNS = (
-    "global_step charts/episodic_return charts/SPS charts/learning_rate losses/policy_loss losses/value_loss "
-    "losses/entropy losses/approx_kl losses/clipfrac losses/explained_variance losses/updates losses/kl_stop "
-    "vae/recon_loss vae/kl grad/norm grad/ppo_at_U grad/vae_at_U"
-).split()
+COLUMNS = """global_step charts/episodic_return charts/SPS charts/learning_rate losses/policy_loss
+    losses/value_loss losses/entropy losses/approx_kl losses/clipfrac losses/explained_variance losses/updates
+    losses/kl_stop vae/recon_loss vae/kl grad/norm grad/ppo_at_U grad/vae_at_U""".split()
 
 
 def load_checkpoint(path, flag="the checkpoint", modes=None, env_id=None):
@@ -472,10 +467,9 @@ def load_checkpoint(path, flag="the checkpoint", modes=None, env_id=None):
         raise UserError(f"{flag} {path}: {error.strerror}") from None
     except Exception:  # torch raises whatever a damaged file makes it stumble over
         raise UserError(f"{flag} {path} is damaged or not made by vae_ppo.py: name another") from None
-    if modes and mode not in modes:
-        raise UserError(f"{flag} {path} is of --mode {mode}: give one of --mode {' or '.join(modes)}")
-    if env_id and game != env_id:
-        raise UserError(f"{flag} {path} is of {game}: give one of {env_id}")
+    if modes and (mode not in modes or game != env_id):
+        wanted = f"--mode {' or '.join(modes)} and of {env_id}"
+        raise UserError(f"{flag} {path} is of --mode {mode} and of {game}: give one of {wanted}")
     return checkpoint
 
 
@@ -509,35 +503,39 @@ def save_checkpoint(path, agent, optimizer, args, iteration, global_step, scores
         temporary.unlink(missing_ok=True)
 
 
+SYMPTOMS = {  # a value below which a run ails, and what to try
+    "losses/entropy": (0.01, "the policy no longer explores: raise --ent-coef"),
+    "losses/updates": (2, "the KL stop comes at once: lower --learning-rate or raise --target-kl"),
+    "vae/kl": (0.01, "the latents carry nothing: lower --beta"),
+}
+
+
 class Log:
     """metrics.csv, TensorBoard and the progress bar. A resumed run drops the rows after its checkpoint."""
 
     def __init__(self, folder, global_step, total):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and --help does not need it
-
         path, temporary = folder / "metrics.csv", folder / "metrics.tmp"
         rows = list(csv.reader(path.open()))[1:] if path.exists() else []
         with temporary.open("w", newline="") as file:
             kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= global_step]
             csv.writer(file).writerows([COLUMNS, *kept])
         temporary.replace(path)
-        self.file = path.open("a", newline="")
+        self.file = path.open("a", newline="", buffering=1)  # a row at a time
         self.tensorboard = SummaryWriter(folder, purge_step=global_step + 1)
+        self.ailing = dict.fromkeys(SYMPTOMS, 0)  # iterations in a row
         self.bar = tqdm(total=total, initial=global_step, unit="step", unit_scale=True, dynamic_ncols=True)
 
     def write(self, metrics):
         csv.writer(self.file).writerow([metrics.get(column, "") for column in COLUMNS])
-        self.file.flush()
         for column, value in metrics.items():
             self.tensorboard.add_scalar(column, value, metrics["global_step"])
-        self.bar.set_postfix_str(
-            f"return {metrics.get('charts/episodic_return', math.nan):.2f}", refresh=False
-        )
+        self.bar.set_postfix(score=metrics.get("charts/episodic_return", math.nan), refresh=False)
         self.bar.update(metrics["global_step"] - self.bar.n)
-
-    def close(self):
-        for part in (self.bar, self.file, self.tensorboard):
-            part.close()
+        for column, (low, advice) in SYMPTOMS.items():
+            n = self.ailing[column]
+            self.ailing[column] = n + 1 if metrics.get(column, low) < low else n * (n >= 10)
+            if n == 9 < self.ailing[column]:  # said once
+                self.bar.write(f"warning: {column} below {low} in ten iterations: {advice}", file=sys.stderr)
 
 
 # ---- Train ----
@@ -548,6 +546,9 @@ NEXT |= {"pretrain": "python vae_ppo.py --mode adapt --env-id {env_id} --vae {pa
 
 def start_process(args):
     """Choose the device and, under torchrun, join the other processes. Returns device, rank, world size."""
+    if sys.platform == "linux":  # keep freed memory: fewer page faults, an update 15 % faster on 2 cores
+        for option, size in ((-1, 2**30), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.cuda and not torch.cuda.is_available():
         print("warning: torch finds no GPU here, so this runs on the CPU", file=sys.stderr)
@@ -556,15 +557,10 @@ def start_process(args):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(args.torch_deterministic)
+        torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions
     if world > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
     return torch.device("cuda" if use_cuda else "cpu"), rank, world
-
-
-def announce(args, device, world, total):
-    rule = f"sticky actions {args.repeat_action_probability:g}, a lost life ends the episode, not the game"
-    work = f"{total:,} steps = {4 * total:,} game frames" if args.mode in PPO_MODES else f"{total:,} frames"
-    print(f"{args.mode} on {args.env_id} | {device} x {world} | {rule} | {work}", flush=True)
 
 
 def train(args):
@@ -578,6 +574,8 @@ def train(args):
     if args.vae and not saved:
         load_vae(agent, args)
     agent.to(device)
+    fast = torch.compile if args.compile else lambda function: function
+    agent.encode, agent.policy, loss_fn = map(fast, (agent.encode, agent.policy, minibatch_loss))
     parameters = trainable_parameters(agent, args.mode)
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     start, global_step = saved.get("iteration", 0), saved.get("global_step", 0)
@@ -595,8 +593,10 @@ def train(args):
     batch *= world
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        announce(args, device, world, num_iterations * batch)
-        log = Log(path.parent, global_step, num_iterations * batch)
+        total, unit = num_iterations * batch, "frames" if args.mode == "pretrain" else "steps of 4 frames"
+        rule = f"sticky actions {args.repeat_action_probability:g}, a lost life ends the episode"
+        print(f"{args.mode} on {args.env_id} | {device} x {world} | {rule} | {total:,} {unit}", flush=True)
+        log = Log(path.parent, global_step, total)
     stop, clock = [], time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the iteration, save, end
         signal.signal(number, lambda number, _: stop.append(number))
@@ -609,7 +609,7 @@ def train(args):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
             rollout(agent, games, ro)
-            metrics = update(agent, optimizer, ro, args)
+            metrics = update(agent, optimizer, ro, args, loss_fn)
         if not all(map(math.isfinite, metrics.values())):
             raise UserError(f"iteration {iteration}: loss or gradient is not finite; none of it is saved")
         global_step, before, clock = global_step + batch, clock, time.perf_counter()
@@ -624,9 +624,9 @@ def train(args):
                 save_checkpoint(path, agent, optimizer, args, iteration, global_step, games.scores)
         if stopping:
             break
-    envs.close()
     if rank == 0:
-        log.close()
+        for part in (log.bar, log.file, log.tensorboard):
+            part.close()
         following = "the same with --resume" if stop else NEXT[args.mode].format(path=path, **vars(args))
         print(f"saved {path} and metrics.csv; next: {following}")
     return 128 + stop[0] if stop else 0

@@ -32,10 +32,6 @@ def make_args(mode, more=""):
     return vae_ppo.parse_args(f"--mode {mode} {FLAGS}{vae} {more}".split())
 
 
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def clock():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -61,19 +57,25 @@ def emulator(more):
 def ours(mode, more, decoder=None):
     """One iteration of fixed, adapt or joint, as `vae_ppo.train` runs it."""
     args = make_args(mode, more)
+    device, _, _ = vae_ppo.start_process(args)
     envs, fire = vae_ppo.make_envs(args)
     num_actions = int(envs.single_action_space.n)
-    agent = agent_with(decoder, num_actions, args.latent_dim, args.num_stack).to(device())
+    agent = agent_with(decoder, num_actions, args.latent_dim, args.num_stack).to(device)
+    minibatch_loss = vae_ppo.minibatch_loss
+    if args.compile:
+        agent.encode, agent.policy, minibatch_loss = map(
+            torch.compile, (agent.encode, agent.policy, minibatch_loss)
+        )
     parameters = vae_ppo.trainable_parameters(agent, mode)
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
     games = vae_ppo.Games(envs, fire, vae_ppo.reseed(args, 0, 0))
-    ro = vae_ppo.Rollout(agent, args.num_steps, args.num_envs, device())
+    ro = vae_ppo.Rollout(agent, args.num_steps, args.num_envs, device)
 
     def repetition():
         start = clock()
         vae_ppo.rollout(agent, games, ro)
         middle = clock()
-        vae_ppo.update(agent, optimizer, ro, args)
+        vae_ppo.update(agent, optimizer, ro, args, minibatch_loss)
         return args.num_steps * args.num_envs, middle - start, clock() - middle
 
     return repetition
@@ -95,16 +97,17 @@ def naive(more, decoder=None):
 
     args = make_args("joint", more)
     T, N, S = args.num_steps, args.num_envs, args.num_stack
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def make():
         env = gym.make(args.env_id, frameskip=1, repeat_action_probability=0.0)
         return FrameStackObservation(AtariPreprocessing(env, terminal_on_life_loss=True), S)
 
     envs = gym.vector.AsyncVectorEnv([make] * N)
-    agent = agent_with(decoder, int(envs.single_action_space.n), args.latent_dim, S).to(device())
+    agent = agent_with(decoder, int(envs.single_action_space.n), args.latent_dim, S).to(device)
     parameters = vae_ppo.trainable_parameters(agent, "joint")
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    stacks = torch.zeros(T + 1, N, S, 84, 84, dtype=torch.uint8, device=device())
+    stacks = torch.zeros(T + 1, N, S, 84, 84, dtype=torch.uint8, device=device)
     stacks[T] = torch.from_numpy(envs.reset(seed=1)[0])
 
     def repetition():
@@ -124,7 +127,7 @@ def naive(more, decoder=None):
                 done = torch.from_numpy(terminated | truncated).float()
                 step = (actions, log_probs, torch.from_numpy(np.sign(reward)).float(), done)
                 for key, x in zip(("actions", "log_probs", "rewards", "done"), step, strict=True):
-                    rows[key].append(x.to(device()))
+                    rows[key].append(x.to(device))
         rows = {k: torch.stack(v) for k, v in rows.items()}
         middle = clock()
         advantages, returns = vae_ppo.gae(
@@ -233,40 +236,36 @@ def machine():
     return f"{os.cpu_count()} cores of {model}{gpu}; {software}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--only", nargs="*", help="contenders whose name contains one of these")
-    parser.add_argument(
-        "--flags", default="", help="more flags for the script, as one string: '--num-envs 8'"
-    )
-    args = parser.parse_args()
-    check_same_loss()
+def measure(jobs, repetitions):
+    """Run jobs {label: (contender, flags)} in turn. Returns {label: [answer of `serve`, ...]}."""
     spawn, workers = multiprocessing.get_context("spawn"), {}
-    for name in CONTENDERS:
-        if args.only and not any(part in name for part in args.only):
-            continue
+    for label, (name, flags) in jobs.items():
         pipe, theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(name, args.flags, theirs))
+        process = spawn.Process(target=serve, args=(name, flags, theirs))
         process.start()
         failed = pipe.recv()
         if failed:
-            print(f"{name}: not run, {failed}", file=sys.stderr)
+            print(f"{label}: not run, {failed}", file=sys.stderr)
         else:
-            workers[name] = (process, pipe)
-    seen = {name: [] for name in workers}
-    for repetition in range(args.repetitions + 1):  # the first warms up
-        for name, (_, pipe) in workers.items():
+            workers[label] = (process, pipe)
+    seen = {label: [] for label in workers}
+    for repetition in range(repetitions + 1):  # the first warms up
+        for label, (_, pipe) in workers.items():
             pipe.send(True)
             answer = pipe.recv()
-            print(f"{repetition} {name}: {answer[0] / (answer[1] + answer[2]):.0f} steps/s", file=sys.stderr)
+            print(f"{repetition} {label}: {answer[0] / (answer[1] + answer[2]):.0f} steps/s", file=sys.stderr)
             if repetition:
-                seen[name].append(answer)
+                seen[label].append(answer)
     for process, pipe in workers.values():
         pipe.send(False)
         process.join()
-    print(f"Made by `python -m experiments.benchmark --repetitions {args.repetitions}`: {machine()}.\n")
-    print("| | steps/s, median | lowest - highest | / emulator | rollout s | update s | peak MiB | GPU MiB |")
+    return seen
+
+
+def print_table(seen):
+    print(
+        "| | steps/s, median | lowest - highest | / first row | rollout s | update s | peak MiB | GPU MiB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     base = None
     for name, rows in seen.items():
@@ -279,6 +278,22 @@ def main():
             f"| {name} | {median:.0f} | {speeds[0]:.0f} - {speeds[-1]:.0f} | {median / base:.2f} "
             f"| {rollout:.2f} | {update:.2f} | {memory:.0f} | {gpu:.0f} |"
         )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="contenders whose name contains one of these")
+    parser.add_argument("--flags", default="", help="flags for the script, as one string: '--num-envs 8'")
+    args = parser.parse_args()
+    check_same_loss()
+    names = [name for name in CONTENDERS if not args.only or any(part in name for part in args.only)]
+    seen = measure({name: (name, args.flags) for name in names}, args.repetitions)
+    command = f"python -m experiments.benchmark --repetitions {args.repetitions}"
+    command += f" --only {' '.join(args.only)}" * bool(args.only)
+    command += f" --flags '{args.flags}'" * bool(args.flags)
+    print(f"Made by `{command}`: {machine()}.\n")
+    print_table(seen)
 
 
 if __name__ == "__main__":
