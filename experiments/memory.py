@@ -40,9 +40,8 @@ def main():
                 with metrics.open() as file:
                     samples.append((sum(1 for _ in csv.reader(file)) - 1, memory))
             time.sleep(args.every)
-    print(
-        f"Made by `python -m experiments.memory --iterations {args.iterations}`: `vae_ppo.py --mode joint {SMALL}`."
-    )
+    print(f"Made by `python -m experiments.memory --iterations {args.iterations}`, which runs")
+    print(f"`vae_ppo.py --mode joint {SMALL}`.")
     print("\n| iteration | resident MiB |\n|---|---|")
     for iteration, memory in samples[:: max(1, len(samples) // 20)]:
         print(f"| {iteration} | {memory:.0f} |")

@@ -2,8 +2,8 @@
 
     python -m experiments.scaling > experiments/scaling.md
 
-Each size is measured in turn in one run, as in `experiments.benchmark`; 32 steps a rollout instead of 128, so that
-256 games take seconds. Prints Markdown tables. Nothing else may run meanwhile.
+Each size is measured in turn in one run, as in `experiments.benchmark`; 32 steps a rollout instead of 128, so
+that 256 games take seconds. Prints Markdown tables. Nothing else may run meanwhile.
 """
 
 import argparse
