@@ -792,6 +792,22 @@ def test_stop_and_resume_go_on_where_they_were(monkeypatch):
     assert float(rows[2]["charts/episodic_return"]) == 3.5
 
 
+def test_two_resumes_of_a_checkpoint_are_bitwise_equal(joint_runs):
+    """From equal checkpoints the next updates are bitwise equal, for one and two emulator threads."""
+    ends = []
+    for name in ("x", "y"):
+        shutil.copytree(joint_runs / "a", f"runs/{name}")
+        threads = ["--env-threads", str(1 + len(ends))]
+        flags = ["--mode", "joint", "--resume", "--run-name", name, "--total-timesteps", "96", *threads]
+        assert vae_ppo.main(flags) == 0
+        ends.append(load(f"runs/{name}/checkpoint.pt"))
+    a, b = ends
+    assert a["global_step"] == b["global_step"] == 96 and a["scores"] == b["scores"]
+    assert same(a["weights"], b["weights"])
+    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys() != set()
+    assert all(same(a["optimizer"]["state"][k], b["optimizer"]["state"][k]) for k in a["optimizer"]["state"])
+
+
 def test_resume_drops_rows_after_the_checkpoint():
     """Rows that a killed run logged after its checkpoint, and half a row, are gone when it is resumed."""
     assert vae_ppo.main([*TINY_JOINT, "--run-name", "r"]) == 0
@@ -1039,6 +1055,45 @@ def test_a_damaged_checkpoint_is_refused(flag, damage, joint_runs, capsys):
     path.parent.mkdir(parents=True)
     path.write_bytes(DAMAGED[damage]((joint_runs / "a/checkpoint.pt").read_bytes()))
     refused(reading(flag, path), capsys, path)
+
+
+WRONG = [
+    ("iteration", "x"),
+    ("iteration", 1.5),
+    ("global_step", None),
+    ("scores", "abc"),
+    ("scores", [["x"]]),
+]
+WRONG += [("weights", []), ("weights", {}), ("optimizer", 3), ("optimizer", {"state": {}}), ("args", [1])]
+WRONG_ARGS = [("num_envs", "x"), ("num_envs", -1), ("num_envs", [1]), ("num_envs", 10**30), ("gamma", 1.5)]
+WRONG_ARGS += [("latent_dim", 7), ("latent_dim", 10**9), ("env_id", 5), ("mode", 7), ("kappa", math.nan)]
+
+
+@pytest.mark.parametrize("key, value", WRONG + WRONG_ARGS)
+def test_a_checkpoint_with_a_wrong_value_is_refused(key, value, joint_runs, capsys):
+    """Resuming a checkpoint with a value of wrong type, shape or size says so, and harms nothing."""
+    checkpoint = load(joint_runs / "a/checkpoint.pt")
+    (checkpoint["args"] if (key, value) in WRONG_ARGS else checkpoint)[key] = value
+    Path("runs/old").mkdir(parents=True)
+    torch.save(checkpoint, "runs/old/checkpoint.pt")
+    refused(reading("--resume", Path("runs/old/checkpoint.pt")), capsys)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(("head", "tail", "all")), st.floats(0, 1), st.integers(0, 7))),
+    st.data(),
+)
+def test_no_damage_to_a_checkpoint_gives_a_traceback(joint_runs, flips, data):
+    """Whatever bits of a checkpoint are flipped and wherever it ends, it is read or refused."""
+    good = bytearray((joint_runs / "a/checkpoint.pt").read_bytes())
+    for where, place, bit in flips:
+        low, high = {"head": (0, 9000), "tail": (len(good) - 9000, len(good)), "all": (0, len(good))}[where]
+        good[min(int(low + place * (high - low)), len(good) - 1)] ^= 1 << bit
+    length = data.draw(st.sampled_from((len(good), len(good) - 1, len(good) // 2, 100)))
+    path = joint_runs / "fuzzed.pt"
+    path.write_bytes(good[:length])
+    with contextlib.suppress(vae_ppo.UserError), warnings.catch_warnings(action="ignore"):
+        vae_ppo.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("flag", ("--vae", "--policy", "--resume"))

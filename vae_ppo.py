@@ -40,8 +40,7 @@ PPO_FLAGS = """total_timesteps num_steps num_stack anneal_lr gamma gae_lambda nu
 ONLY_IN = {"vae": ("fixed", "adapt"), "kappa": ("joint",), "beta": ("pretrain", "joint")}
 ONLY_IN |= dict.fromkeys(PPO_FLAGS, PPO_MODES)
 ONLY_IN |= dict.fromkeys(("policy", "num_frames", "vae_epochs"), ("pretrain",))
-MAY_CHANGE = """total_timesteps vae_epochs checkpoint_every cuda compile env_threads resume run_name
-    runs_dir""".split()
+MAY_CHANGE = "total_timesteps vae_epochs checkpoint_every cuda compile env_threads resume run_name runs_dir"
 
 
 class UserError(Exception):
@@ -53,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def number(kind, low, high=1e15):
+def number(kind, low, high=1e10):
     """An argparse type: a number in [low, high]."""
 
     def number(text):
@@ -130,11 +129,12 @@ def parse_args(argv=None):
         raise UserError(f"there is no run {path.parent} to resume: leave out --resume")
     if path.exists():  # not so in a run that was killed before its first checkpoint: it starts again
         saved = load_checkpoint(path)["args"]
-        for key in saved.keys() & given.keys() - set(MAY_CHANGE):
+        for key in saved.keys() & given.keys() - set(MAY_CHANGE.split()):
             if saved[key] != given[key]:
                 raise UserError(f"{path} has {key} {saved[key]}: resume it so, not with {given[key]}")
-        given |= {"run_name": args.run_name, "runs_dir": args.runs_dir}
-        args = argparse.Namespace(**vars(args) | saved | given)
+        saved = {str(k): v if v is None or isinstance(v, bool) else str(v) for k, v in saved.items()}
+        parser.set_defaults(**saved | {"run_name": args.run_name, "runs_dir": args.runs_dir})
+        args = parser.parse_args(argv)
     args.learning_rate = args.learning_rate or {"pretrain": 1e-4, "adapt": 2.5e-4}.get(args.mode, 1e-3)
     batch, length = args.num_envs * args.num_steps * (args.mode in PPO_MODES), args.segment_length
     unused = [key.replace("_", "-") for key in given if args.mode not in ONLY_IN.get(key, (args.mode,))]
@@ -306,9 +306,8 @@ def trainable_parameters(agent, mode):
 
 
 def minibatch_loss(agent, mb, args):
-    """The loss of fixed, adapt or joint over B segments of L steps. Returns loss, metrics.
-    frames (B, C + L, 84, 84) begin C = num_stack - 1 frames before the segment: each is encoded once, not
-    num_stack times. `taps` are zeros, where backward leaves the gradient of each loss at U."""
+    """The loss over B segments of L steps, and metrics. frames (B, C + L, 84, 84) begin C = num_stack - 1
+    earlier: each is encoded once, not num_stack times. `taps` are zeros, for the losses' gradients at U."""
     if args.mode == "fixed":
         mu = mb["mu"]  # kept from the rollout: the encoder stands still
     else:
@@ -383,8 +382,7 @@ def minibatches(ro, advantages, returns, args):
         t0, env = segment[:, None] // N * L, segment[:, None] % N  # (B, 1)
         t, rows = t0 + torch.arange(L, device=device), t0 + torch.arange(C + L, device=device)
         mb = {"actions": ro.actions[t, env], "log_probs": ro.log_probs[t, env], "values": ro.values[t, env]}
-        mb |= {"advantages": advantages[t, env], "returns": returns[t, env]}
-        mb["valid"] = (~ro.reset_row[t, env]).float()
+        mb |= {"advantages": advantages[t, env], "returns": returns[t, env], "valid": ~ro.reset_row[t, env]}
         mb["stack"] = stack_index(t + C - t0, ro.first[t, env] - t0, C + 1)  # in rows of the segment
         mb["taps"] = torch.zeros(2, *rows.shape, ro.mu.shape[-1], device=device, requires_grad=True)
         yield mb | ({"mu": ro.mu[rows, env]} if args.mode == "fixed" else {"frames": ro.frames[rows, env]})
@@ -460,7 +458,8 @@ def load_checkpoint(path, flag="the checkpoint", modes=None, env_id=None):
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         mode, game = checkpoint["args"]["mode"], checkpoint["args"]["env_id"]
-        assert {"optimizer", "iteration", "global_step", "scores"} <= checkpoint.keys()
+        assert "optimizer" in checkpoint and sum(checkpoint["scores"], 0.0) > -math.inf
+        assert type(checkpoint["iteration"]) is type(checkpoint["global_step"]) is int
         inputs, latent_dim = (checkpoint["weights"][k].shape[-1] for k in ("trunk.0.weight", "mu.bias"))
         checkpoint["sizes"] = latent_dim, inputs // latent_dim  # latent_dim, num_stack
     except OSError as error:
@@ -468,8 +467,7 @@ def load_checkpoint(path, flag="the checkpoint", modes=None, env_id=None):
     except Exception:  # torch raises whatever a damaged file makes it stumble over
         raise UserError(f"{flag} {path} is damaged or not made by vae_ppo.py: name another") from None
     if modes and (mode not in modes or game != env_id):
-        wanted = f"--mode {' or '.join(modes)} and of {env_id}"
-        raise UserError(f"{flag} {path} is of --mode {mode} and of {game}: give one of {wanted}")
+        raise UserError(f"{flag} {path} is of --mode {mode}, {game}: give {' or '.join(modes)}, {env_id}")
     return checkpoint
 
 
@@ -570,10 +568,9 @@ def train(args):
     device, rank, world = start_process(args)
     envs, fire = make_envs(args)
     torch.manual_seed(args.seed)
-    agent = Agent(int(envs.single_action_space.n), args.latent_dim, args.num_stack)
+    agent = Agent(int(envs.single_action_space.n), args.latent_dim, args.num_stack).to(device)
     if args.vae and not saved:
         load_vae(agent, args)
-    agent.to(device)
     fast = torch.compile if args.compile else lambda function: function
     agent.encode, agent.policy, loss_fn = map(fast, (agent.encode, agent.policy, minibatch_loss))
     parameters = trainable_parameters(agent, args.mode)
@@ -615,8 +612,7 @@ def train(args):
         global_step, before, clock = global_step + batch, clock, time.perf_counter()
         metrics |= {"global_step": global_step, "charts/SPS": round(batch / (clock - before))}
         metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        if games.scores:
-            metrics["charts/episodic_return"] = sum(games.scores) / len(games.scores)
+        metrics |= {"charts/episodic_return": sum(games.scores) / len(games.scores)} if games.scores else {}
         stopping = mean_over_ranks(torch.tensor(float(len(stop)), device=device)).item() > 0
         if rank == 0:
             log.write(metrics)
@@ -640,6 +636,10 @@ def main(argv=None):
         message = str(error)
     except OSError as error:
         message = f"{error.filename or 'the run folder'}: {error.strerror}"
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        message = "out of memory: choose smaller sizes, for instance --num-envs"
     except KeyboardInterrupt:
         return 130
     print(f"vae_ppo.py: error: {message}", file=sys.stderr)

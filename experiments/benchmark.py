@@ -216,7 +216,7 @@ def serve(name, more, pipe):
     """A contender's process: one repetition per message. Answers steps, two times, two peak memories."""
     try:
         repetition = CONTENDERS[name](more)
-    except ImportError as error:
+    except (ImportError, vae_ppo.UserError) as error:
         pipe.send(str(error))
         return
     pipe.send(None)
@@ -290,7 +290,7 @@ def main():
     names = [name for name in CONTENDERS if not args.only or any(part in name for part in args.only)]
     seen = measure({name: (name, args.flags) for name in names}, args.repetitions)
     command = f"python -m experiments.benchmark --repetitions {args.repetitions}"
-    command += f" --only {' '.join(args.only)}" * bool(args.only)
+    command += f" --only {' '.join(args.only or [])}" * bool(args.only)
     command += f" --flags '{args.flags}'" * bool(args.flags)
     print(f"Made by `{command}`: {machine()}.\n")
     print_table(seen)

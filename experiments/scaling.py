@@ -2,8 +2,8 @@
 
     python -m experiments.scaling > experiments/scaling.md
 
-Each size is measured in turn in one run, as in `experiments.benchmark`; 32 steps a rollout instead of 128, so
-that 256 games take seconds. Prints Markdown tables. Nothing else may run meanwhile.
+Each size is measured in turn in one run, as in `experiments.benchmark`; 32 steps a rollout instead of 128,
+so that 256 games take seconds. Prints Markdown tables. Nothing else may run meanwhile.
 """
 
 import argparse
@@ -19,7 +19,9 @@ def main():
     args = parser.parse_args()
     print(f"Made by `python -m experiments.scaling --repetitions {args.repetitions}`: {machine()}.")
     for flag, sizes in SIZES.items():
-        jobs = {f"`--{flag} {n}`": ("joint", f"--num-steps 32 --{flag} {n}") for n in sizes}
+        jobs = {
+            f"`--{flag} {n}`": ("joint", f"--num-steps 32 --segment-length 16 --{flag} {n}") for n in sizes
+        }
         print(flush=True)
         print_table(measure(jobs, args.repetitions))
 
