@@ -3,9 +3,9 @@
     python -m experiments.run_all --total-timesteps 1000000 --processes 2
 
 A policy for the data (joint, 500 000 steps) -> the VAE's pretraining -> fixed, adapt and joint (kappa 20)
-with three seeds; joint with kappa 1 and 10. Ctrl-C stops all; the same command goes on where each run
-stood, and leaves out what is finished. Then `experiments.publish` and `experiments.plot` make data and
-curves.
+with three seeds; joint with kappa 1 and 10; fixed without the KL stop, and on a VAE that saw random play.
+Ctrl-C stops all; the same command goes on where each run stood, and leaves out what is finished. Then
+`experiments.publish` and `experiments.plot` make data and curves.
 """
 
 import argparse
@@ -36,6 +36,14 @@ def jobs(total, seeds):
     for kappa in (1, 10):
         flags = f"--mode joint --kappa {kappa} --seed 1 --total-timesteps {total}"
         plan[f"Breakout-joint-kappa{kappa}-seed1"] = (flags, None)
+    plan["Breakout-pretrain-on-random-play-seed1"] = ("--mode pretrain", None)
+    for name, vae, more in (
+        ("without-kl-stop", "pretrain", "--target-kl 0"),
+        ("on-random-play", "pretrain-on-random-play", ""),
+    ):
+        needed = f"Breakout-{vae}-seed1"
+        flags = f"--mode fixed --vae runs/{needed}/checkpoint.pt {more} --seed 1 --total-timesteps {total}"
+        plan[f"Breakout-fixed-{name}-seed1"] = (flags, needed)
     return plan
 
 
