@@ -513,7 +513,7 @@ class Log:
 
     def __init__(self, folder, global_step, total):
         path, temporary = folder / "metrics.csv", folder / "metrics.tmp"
-        rows = list(csv.reader(path.open()))[1:] if path.exists() else []
+        rows = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
         with temporary.open("w", newline="") as file:
             kept = [row for row in rows if len(row) == len(COLUMNS) and int(row[0]) <= global_step]
             csv.writer(file).writerows([COLUMNS, *kept])
