@@ -271,7 +271,7 @@ def test_compiled_loss_is_the_eager_one(joint_step, monkeypatch):
     torch.manual_seed(7)
     first, metrics = compiled(agent, mb, args)
     first.backward()
-    torch.testing.assert_close(first, loss)
+    torch.testing.assert_close(first, loss, rtol=1e-4, atol=0)  # sums in another order
     torch.testing.assert_close(
         flat(agent.parameters()), eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item()
     )

@@ -292,7 +292,7 @@ def ppo_loss(log_probs, value, mb, args):
     kl = masked_mean((mb["log_probs"].exp() * (mb["log_probs"] - log_probs)).sum(-1), valid)  # old || new
     clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), valid)
     metrics = {"losses/policy_loss": -j_clip, "losses/value_loss": l_v, "losses/entropy": entropy}
-    metrics |= {"losses/approx_kl": kl, "losses/clipfrac": clipfrac}
+    metrics = {**metrics, "losses/approx_kl": kl, "losses/clipfrac": clipfrac}  # torch 2.6 compiles no |
     return -(j_clip - args.vf_coef * l_v + args.ent_coef * entropy), metrics
 
 
@@ -321,7 +321,7 @@ def minibatch_loss(agent, mb, args):
     C = agent.num_stack - 1  # the first C frames are another segment's to decode
     recon, kl = vae_loss(agent, *(x[:, C:].flatten(0, 1) for x in (mu_vae, logvar, mb["frames"])))
     loss = args.kappa * loss + recon + args.beta * kl  # eq. 3: the gradients meet at U
-    return loss, metrics | {"vae/recon_loss": recon, "vae/kl": kl}
+    return loss, {**metrics, "vae/recon_loss": recon, "vae/kl": kl}
 
 
 # ---- Rollout and GAE ----
