@@ -83,14 +83,16 @@ def main():
     threads = max(1, os.cpu_count() // args.processes)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
+    told = False
     while True:
         ready = [name for name in waiting if plan[name][1] in done | {None}]
         if not running and (stopped or not ready):
             return 130 if stopped else int(bool(waiting))
-        if stopped:
+        if stopped and not told:
+            told = True
             for process in running.values():
                 process.send_signal(signal.SIGTERM)  # it saves, and ends
-        elif ready and len(running) < args.processes:
+        elif ready and not stopped and len(running) < args.processes:
             name = ready[0]
             waiting.remove(name)
             print(f"{name}: {plan[name][0]}", flush=True)
