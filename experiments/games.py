@@ -1,6 +1,6 @@
 """Every mode on games of all kinds, with and without sticky actions: a smoke run of a few hundred steps each.
 
-    python -m experiments.games
+    python -m experiments.games > experiments/games.md
 
 Prints a Markdown table: actions, whether there is FIRE, the rewards that were seen, and whether each mode
 ended with exit code 0, finite metrics and a checkpoint that loads.
@@ -48,6 +48,9 @@ def run(flags, name):
 
 def main():
     modes, failed = ("pretrain", *vae_ppo.PPO_MODES), 0
+    print(
+        "Made by `python -m experiments.games`: a smoke run of each mode; rewards of 16 000 random steps.\n"
+    )
     print(f"| game | actions | FIRE | rewards | sticky | {' | '.join(modes)} |")
     print("|---|---|---|---|---|" + "---|" * len(modes))
     for game in GAMES:
