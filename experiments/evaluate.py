@@ -5,7 +5,7 @@
 
 Prints the scores' statistics. Writes eval.json, episode.webm (the first minute of the game of the median
 score), reconstruction.png and jacobian.png beside the checkpoint or into --out. A pretrain checkpoint has no
-policy: chance plays, and there is no jacobian.png.
+policy: chance plays, or the policy of another checkpoint (--policy), and there is no jacobian.png.
 """
 
 import argparse
@@ -175,12 +175,13 @@ def evaluate(own):
     folder.mkdir(parents=True, exist_ok=True)
     args.num_envs, args.seed, args.env_threads = own.episodes, own.seed, 0
     games = FirstGames(*vae_ppo.make_envs(args), vae_ppo.reseed(args, 0, 0))
-    ro = vae_ppo.Rollout(agent, 128, own.episodes, torch.device("cpu"))
+    player = load(own.policy)[2] if own.policy else agent
+    ro = vae_ppo.Rollout(player, 128, own.episodes, torch.device("cpu"))
     while games.playing.any():  # ale-py ends a game after 27 000 steps at the latest
-        vae_ppo.rollout(agent, games, ro)
+        vae_ppo.rollout(player, games, ro)
     scores, global_step = games.result.tolist(), checkpoint["global_step"]
-    facts = {"mode": args.mode, "game": args.env_id, "global_step": global_step, "seed": own.seed}
-    facts |= {"episodes": own.episodes, "scores": scores} | statistics(scores)
+    facts = {"mode": args.mode, "game": args.env_id, "global_step": global_step, "policy": own.policy}
+    facts |= {"seed": own.seed, "episodes": own.episodes, "scores": scores} | statistics(scores)
     (folder / "eval.json").write_text(json.dumps(facts) + "\n")
     name = (
         f"{args.env_id}, {args.mode} after {global_step:,} {'frames' if args.mode == 'pretrain' else 'steps'}"
@@ -211,6 +212,9 @@ def main():
     parser.add_argument("checkpoint")
     parser.add_argument("--episodes", type=number(int, 1, 1000), default=30)
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=1000, help="not the run's own")
+    parser.add_argument(
+        "--policy", metavar="CHECKPOINT", help="who plays; unless told, the checkpoint itself"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="unless told, the checkpoint's own")
     return guarded("evaluate.py", evaluate, parser)
 
