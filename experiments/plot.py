@@ -4,10 +4,12 @@
     python -m experiments.plot
 
 Median over the seeds, their 25-75 % band, every seed thin behind. What there is no run of is not drawn. The
-table has the mean score of the last 100 games: of each seed at its end, and at fixed steps on the way.
+table has the mean score of the last 100 games of each seed, on the way and at its end, their median, and
+what experiments.evaluate found.
 """
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -56,22 +58,29 @@ def draw(curves, models, path, title):
     print(path)
 
 
+def evaluation(model, seed):
+    """The mean score of experiments.evaluate's games, and its 95 % interval."""
+    path = RESULTS / f"{model}-seed{seed}.json"
+    facts = json.loads(path.read_text()) if path.exists() else None
+    return "{mean:.1f} ({interval[0]:.1f} to {interval[1]:.1f})".format(**facts) if facts else "not run"
+
+
 def print_table(curves):
     """Time is that of all steps at the logged speeds, of which a published CSV has a sample."""
-    print(
-        "| model | steps | "
-        + " | ".join(f"at {n // 1000}k" for n in MARKS)
-        + " | end: seeds | median | hours |"
-    )
-    print("|---|---|" + "---|" * (len(MARKS) + 3))
+    marks = " | ".join(f"at {n // 1000}k" for n in MARKS)
+    print(f"| model | seed | steps | {marks} | at the end | 30 games (95 %) | hours |")
+    print("|---|---|---|" + "---|" * (len(MARKS) + 3))
     for model, seeds in curves.items():
-        ends = [int(steps[-1]) for steps, *_ in seeds.values()]
-        marks = [np.median([np.interp(n, *s[:2], right=np.nan) for s in seeds.values()]) for n in MARKS]
-        final = [scores[-1] for _, scores, _ in seeds.values()]
-        hours = np.median([steps[-1] * np.mean(1 / sps) / 3600 for steps, _, sps in seeds.values()])
-        cells = [model, f"{min(ends):,}", *(f"{m:.1f}" for m in marks)]
-        cells += [", ".join(f"{x:.1f} ({seed})" for seed, x in zip(seeds, final, strict=True))]
-        print(f"| {' | '.join(cells)} | {np.median(final):.1f} | {hours:.1f} |".replace("nan", "-"))
+        rows = []
+        for seed, (steps, scores, sps) in seeds.items():
+            hours = steps[-1] * np.mean(1 / sps) / 3600
+            rows.append([*np.interp(MARKS, steps, scores, right=np.nan), scores[-1]])
+            cells = " | ".join(f"{x:.1f}" for x in rows[-1]).replace("nan", "not run")
+            more = f"{evaluation(model, seed)} | {hours:.1f}"
+            print(f"| {model} | {seed} | {int(steps[-1]):,} | {cells} | {more} |")
+        if len(rows) > 1:
+            cells = " | ".join(f"{x:.1f}" for x in np.median(rows, axis=0)).replace("nan", "not run")
+            print(f"| {model} | median | | {cells} | | |")
 
 
 def main():
