@@ -47,8 +47,8 @@ def jobs(total, seeds):
     return plan
 
 
-def finished(name):
-    """Whether the run has its last checkpoint."""
+def finished(name, flags):
+    """Whether the run has all the steps that its flags end with; pretrain, all its epochs."""
     path = Path("runs", name, "checkpoint.pt")
     if not path.exists():
         return False
@@ -57,7 +57,7 @@ def finished(name):
     if args["mode"] == "pretrain":
         return saved["iteration"] >= args["vae_epochs"]
     batch = args["num_envs"] * args["num_steps"]
-    return saved["global_step"] >= args["total_timesteps"] // batch * batch
+    return saved["global_step"] >= int(flags.split()[-1]) // batch * batch
 
 
 def start(name, flags, threads):
@@ -78,7 +78,7 @@ def main():
     args = parser.parse_args()
     Path("runs").mkdir(exist_ok=True)
     plan, running, stopped = jobs(args.total_timesteps, args.seeds), {}, []
-    done = {name for name in plan if finished(name)}
+    done = {name for name in plan if finished(name, plan[name][0])}
     waiting = [name for name in plan if name not in done]
     threads = max(1, os.cpu_count() // args.processes)
     for number in (signal.SIGINT, signal.SIGTERM):
