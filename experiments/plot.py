@@ -70,7 +70,7 @@ def print_table(curves):
     marks = " | ".join(f"at {n // 1000}k" for n in MARKS)
     print(f"| model | seed | steps | {marks} | at the end | 30 games (95 %) | hours |")
     print("|---|---|---|" + "---|" * (len(MARKS) + 3))
-    for model, seeds in curves.items():
+    for model, seeds in sorted(curves.items()):
         rows = []
         for seed, (steps, scores, sps) in seeds.items():
             hours = steps[-1] * np.mean(1 / sps) / 3600
