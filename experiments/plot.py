@@ -85,9 +85,11 @@ def print_table(curves):
 
 def main():
     curves = read_curves()
-    kappas = sorted((m for m in curves if m.startswith("joint")), key=lambda m: float(m.split("kappa")[1]))
+    kappas = [m for m in curves if re.fullmatch(r"joint-kappa[\d.]+", m)]
+    kappas.sort(key=lambda m: float(m.split("kappa")[1]))
     here = RESULTS.parent
-    draw(curves, ("fixed", "adapt", "joint-kappa20"), here / "learning_curves.png", "Breakout, whole games")
+    models = "fixed", "adapt", "joint-kappa20", "adapt-3M", "joint-kappa20-10M"
+    draw(curves, models, here / "learning_curves.png", "Breakout, whole games")
     if len(kappas) > 1:
         draw(curves, kappas, here / "kappa.png", "joint: weight of the policy's loss")
     print_table(curves)
