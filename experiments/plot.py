@@ -88,7 +88,7 @@ def main():
     kappas = [m for m in curves if re.fullmatch(r"joint-kappa[\d.]+", m)]
     kappas.sort(key=lambda m: float(m.split("kappa")[1]))
     here = RESULTS.parent
-    models = "fixed", "adapt", "joint-kappa20", "adapt-3M", "joint-kappa20-10M"
+    models = ["fixed", "adapt", "joint-kappa20", *(m for m in curves if re.search(r"-\d+M$", m))]
     draw(curves, models, here / "learning_curves.png", "Breakout, whole games")
     if len(kappas) > 1:
         draw(curves, kappas, here / "kappa.png", "joint: weight of the policy's loss")
