@@ -1,6 +1,7 @@
-"""What vae_ppo.py promises, one claim per test. Run: python -m pytest -q (a few minutes on two cores)."""
+"""What vae_ppo.py promises, one claim per test, in the order of its sections.
 
-import argparse
+Run: python -m pytest -q (a few minutes on two CPU cores)."""
+
 import contextlib
 import copy
 import csv
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,9 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vae_ppo
 
@@ -38,15 +42,11 @@ settings.register_profile("suite", deadline=None, derandomize=True, database=Non
 settings.load_profile("suite")
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
-SMALL = "--no-cuda --env-threads 1 --num-envs 2".split()
-TINY = [*SMALL, *"--num-steps 16 --segment-length 8 --num-minibatches 2 --update-epochs 1".split()]
-TINY_JOINT = ["--mode", "joint", *TINY, "--total-timesteps", "32"]
-TINY_VAE = ["--mode", "pretrain", *SMALL, *"--num-frames 160 --vae-epochs 3".split()]
 
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    """Each test has an empty working folder, so that runs/ is its own, and gives back the signal handlers."""
+    """Each test has an empty working folder, so that runs/ is its own, and gives signals back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.chdir(tmp_path)
     yield
@@ -54,13 +54,129 @@ def alone(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+def tiny(mode, flags="", name="r", vae="vae.pt"):
+    """The command line of a run of a second: one iteration, or three epochs of pretraining."""
+    sizes = "--num-steps 16 --segment-length 8 --num-minibatches 2 --update-epochs 1"
+    sizes += " --total-timesteps 32"
+    if mode == "pretrain":
+        sizes = "--num-frames 160 --vae-epochs 3"
+    if mode in ("fixed", "adapt"):
+        sizes += f" --vae {vae}"
+    flags = (
+        f"--mode {mode} --no-cuda --env-threads 1 --num-envs 2 {sizes} --run-name {name} {flags}"
+    )
+    return flags.split()
+
+
 def make_args(mode, flags=""):
-    """Parsed arguments, in the sizes of `play`."""
-    vae = ["--vae", "vae.pt"] if mode in ("fixed", "adapt") else []
-    sizes = "--num-envs 3 --num-steps 16 --segment-length 4 --num-minibatches 4" * (mode != "pretrain")
-    return vae_ppo.parse_args(["--mode", mode, *vae, *sizes.split(), *flags.split()])
+    return vae_ppo.parse_args(tiny(mode, flags))
 
 
+def run_main(argv):
+    """The exit code of the program, whether `parse_args` or `main` ends it."""
+    try:
+        return vae_ppo.main(argv)
+    except SystemExit as stop:
+        return stop.code
+
+
+def refused(argv, capsys, *words):
+    """argv ends with 2 and one line on stderr that has the words, and touches nothing on disk."""
+    before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    capsys.readouterr()
+    with warnings.catch_warnings(record=True) as shown, pytest.MonkeyPatch.context() as patch:
+        patch.delattr(vae_ppo, "rollout")  # what is not refused must not train for hours
+        assert run_main(argv) == 2
+    (line,) = [*capsys.readouterr().err.splitlines(), *shown]
+    assert "error: " in line
+    for word in words:
+        assert word in line
+    assert before == {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+
+
+def load(folder):
+    return torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+
+
+def rows_of(folder):
+    path = Path(folder, "metrics.csv")
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def same(a, b):
+    """Bitwise equality of two state_dicts."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- Arguments ----
+BAD = [
+    ("", "--mode"),
+    ("--mode both", "both joint"),
+    ("--mode joint --num-env 1", "--num-env"),
+    ("--mode fixed", "--vae pretrain"),
+    ("--mode adapt", "--vae pretrain"),
+    ("--mode joint --vae x", "joint vae"),
+    ("--mode joint --policy x", "joint policy"),
+    ("--mode adapt --vae x --num-frames 10", "adapt num_frames"),
+    ("--mode adapt --vae x --kappa 1", "adapt kappa"),
+    ("--mode fixed --vae x --beta 2", "fixed beta"),
+    ("--mode pretrain --no-anneal-lr", "pretrain anneal_lr"),
+    ("--mode joint --learning-rate -1", "learning_rate -1"),
+    ("--mode joint --kappa nan", "kappa nan"),
+    ("--mode joint --kappa inf", "kappa inf"),
+    ("--mode joint --num-envs 0", "num_envs 0"),
+    ("--mode joint --num-envs two", "--num-envs two"),
+    ("--mode joint --num-envs 10000000000", "num_envs 10000000000"),
+    ("--mode joint --seed -1", "seed -1"),
+    ("--mode joint --num-steps 100 --num-minibatches 2", "segment_length num_steps"),
+    ("--mode joint --num-steps 16 --num-minibatches 4", "segment_length num_steps"),
+    ("--mode joint --num-minibatches 7", "num_minibatches"),
+    ("--mode joint --total-timesteps 2047", "total"),
+    ("--mode joint --env-id ALE/Breakot-v5", "Breakot `Breakout`"),
+    ("--mode joint --env-id CartPole-v1", "CartPole-v1 ALE/Breakout-v5"),
+    ("--mode joint --env-id nothing:Breakout-v5", "nothing"),
+    ("--mode joint --runs-dir file/below", "file"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD)
+def test_bad_input_is_refused(flags, words, capsys):
+    """What makes no sense ends with exit code 2 and one sentence that names it."""
+    Path("file").write_text("a regular file")
+    refused(flags.split(), capsys, *words.split())
+
+
+NAMES = [f"--{name.replace('_', '-')}" for name, _, _ in vae_ppo.FLAGS + vae_ppo.PPO_FLAGS]
+VALUES = "-1 0 1 2 3 16 0.5 1e999 nan -inf joint fixed ALE/Pong-v5 x. .. --".split()
+
+
+@given(st.lists(st.sampled_from([*NAMES, "--mode", "--help", *VALUES]) | st.text(max_size=8)))
+def test_any_command_line_is_read_or_refused(words):
+    """Whatever the command line, it is read, refused with exit code 2, or shows the help."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            args = vae_ppo.parse_args(["--mode", "joint", *words])
+        except SystemExit as stop:
+            assert stop.code in (0, 2)
+            assert out.getvalue()
+        else:
+            assert args.num_envs >= 1 and 0 <= args.gamma < math.inf
+            assert (
+                Path(args.runs_dir).resolve() == Path(args.runs_dir, args.run_name).resolve().parent
+            )
+
+
+@pytest.mark.parametrize("exists", (False, True))
+@pytest.mark.parametrize("name", ("..", ".", "../x", "a/b", "a/", "/tmp/x", "a/../../x"))
+def test_a_run_never_lies_outside_runs_dir(name, exists, capsys):
+    """--run-name is the name of a folder in --runs-dir, whether that exists or not; no path."""
+    if exists:
+        Path("runs/a").mkdir(parents=True)
+    for resume in ([], ["--resume"]):
+        refused(["--mode", "joint", "--run-name", name, *resume], capsys, name)
+
+
+# ---- Model ----
 @functools.cache
 def new_agent(num_stack, latent_dim, num_actions, seed):  # orthogonal_ takes its time
     torch.manual_seed(seed)
@@ -73,328 +189,105 @@ def make_agent(num_stack=4, latent_dim=5, num_actions=3, seed=0):
     return agent
 
 
-def load(path):
-    return torch.load(path, weights_only=True)
+def noise(*shape, rng):
+    """Frames (*shape, 84, 84) uint8 of random blocks."""
+    blocks = rng.integers(0, 256, (*shape, 7, 7), dtype=np.uint8)
+    return blocks.repeat(12, axis=-2).repeat(12, axis=-1)
 
 
-def rows_of(folder):
-    with Path(folder, "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def same(a, b):
-    """Bitwise equality of two state_dicts."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def flat(parameters):
-    return torch.cat([p.grad.flatten() for p in parameters])
-
-
-class NoiseEnvs:
-    """Random blocks, rewards and ends of episodes, even on reset rows. `seen` keeps all it returned."""
-
-    single_action_space = SimpleNamespace(n=3)
-
-    def __init__(self, num_envs, seed=0, p=0.15):
-        self.num_envs, self.rng, self.p = num_envs, np.random.default_rng(seed), p
-
-    def frame(self):
-        blocks = self.rng.integers(0, 256, (self.num_envs, 1, 7, 7), dtype=np.uint8)
-        return blocks.repeat(12, axis=2).repeat(12, axis=3)
-
-    def reset(self, seed=None):
-        obs, self.clock = self.frame(), np.ones(self.num_envs, dtype=np.int32)
-        self.seen = [(obs, np.zeros(self.num_envs), *np.zeros((2, self.num_envs), dtype=bool))]
-        return obs, {"episode_frame_number": self.clock}
-
-    def step(self, action):
-        reward = self.rng.integers(-3, 8, self.num_envs).astype(np.int32)
-        terminated, truncated = self.rng.random((2, self.num_envs)) < self.p
-        self.clock = self.clock + 4
-        self.seen.append((self.frame(), reward, terminated, truncated & ~terminated))
-        return *self.seen[-1], {"episode_frame_number": self.clock}
-
-    def close(self):
-        pass
-
-
-def play(agent, T=16, N=3, seed=0, times=1, p=0.15):
-    """A Rollout on NoiseEnvs, and the games it is from."""
-    games = vae_ppo.Games(NoiseEnvs(N, seed, p), 1, None)
-    ro = vae_ppo.Rollout(agent, T, N, torch.device("cpu"))
-    torch.manual_seed(seed)
-    for _ in range(times):
-        vae_ppo.rollout(agent, games, ro)
-    return ro, games
-
-
-def one_minibatch(agent, args, ro):
-    """The first minibatch of an update."""
-    advantages, returns = vae_ppo.gae(ro.rewards, ro.values, ro.terminated, ro.done, args.gamma, 0.95)
-    return next(vae_ppo.minibatches(ro, advantages, returns, args))
-
-
-# ---- Runs that several tests read ----
-@pytest.fixture(scope="module")
-def vae_run(tmp_path_factory):
-    """The folder of a pretrain run of three epochs."""
-    runs = tmp_path_factory.mktemp("vae")
-    assert vae_ppo.main([*TINY_VAE, "--runs-dir", str(runs), "--run-name", "vae"]) == 0
-    return runs / "vae"
-
-
-@pytest.fixture(scope="module")
-def joint_runs(tmp_path_factory):
-    """Folders of joint runs that differ in the seed or in the emulator's threads alone."""
-    runs = tmp_path_factory.mktemp("joint")
-    for name, seed, threads in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1)):
-        flags = f"--total-timesteps 64 --seed {seed} --env-threads {threads} --run-name {name}".split()
-        assert vae_ppo.main([*TINY_JOINT, *flags, "--runs-dir", str(runs)]) == 0
-    return runs
-
-
-# ---- Modes ----
-LISTED = {
-    "pretrain": ("encoder", "mu", "logvar", "decoder"),
-    "fixed": ("trunk", "actor", "critic"),
-    "adapt": ("encoder", "mu", "trunk", "actor", "critic"),
-    "joint": ("encoder", "mu", "logvar", "decoder", "trunk", "actor", "critic"),
-}
-
-
-@pytest.mark.parametrize("mode", LISTED)
-def test_a_mode_moves_exactly_its_tensors(mode, vae_run, monkeypatch):
-    """After one iteration of a mode its listed tensors have moved and all others are bitwise the same."""
-    before, real = {}, vae_ppo.trainable_parameters
-
-    def trainable_parameters(agent, mode):
-        before.update(copy.deepcopy(agent.state_dict()))
-        return real(agent, mode)
-
-    monkeypatch.setattr(vae_ppo, "trainable_parameters", trainable_parameters)
-    vae = ["--vae", str(vae_run / "checkpoint.pt")] if mode in ("fixed", "adapt") else []
-    flags = [*TINY_VAE, "--vae-epochs", "1"] if mode == "pretrain" else [*TINY, "--total-timesteps", "32"]
-    assert vae_ppo.main(["--mode", mode, *vae, *flags, "--run-name", "r"]) == 0
-    saved = load("runs/r/checkpoint.pt")
-    after, owned = saved["weights"], saved["optimizer"]["param_groups"][0]["params"]
-    moved = {name for name in after if not torch.equal(before[name], after[name])}
-    assert len(owned) == len(moved)
-    assert moved == {name for name in after if name.split(".")[0] in LISTED[mode]}
-
-
-@pytest.mark.parametrize("mode", ("fixed", "adapt"))
-def test_pretrained_weights_are_handed_on_exactly(mode, vae_run):
-    """fixed and adapt begin with the pretrained encoder and decoder, bitwise, and with a fresh policy."""
-    args = make_args(mode, f"--vae {vae_run}/checkpoint.pt")
-    fresh, agent, saved = (make_agent(4, 20, 4, seed) for seed in (1, 1, 2))
-    vae_ppo.load_vae(agent, args)
-    saved.load_state_dict(load(args.vae)["weights"])
-    for part in ("encoder", "mu", "logvar", "decoder"):
-        assert same(getattr(agent, part).state_dict(), getattr(saved, part).state_dict())
-    for part in ("trunk", "actor", "critic"):
-        assert same(getattr(agent, part).state_dict(), getattr(fresh, part).state_dict())
-
-
-@pytest.fixture
-def joint_step():
-    """A joint minibatch: agent, args, minibatch, loss, metrics; backward is done."""
-    agent, args = make_agent(), make_args("joint", "--kappa 3 --beta 2 --num-minibatches 1")
-    mb = one_minibatch(agent, args, play(agent)[0])
-    agent.actor.weight.data *= 1.5  # now the new policy differs from the rollout's
-    torch.manual_seed(7)
-    loss, metrics = vae_ppo.minibatch_loss(agent, mb, args)
-    loss.backward()
-    return agent, args, mb, loss, metrics
-
-
-def test_joint_gradient_is_kappa_ppo_plus_vae(joint_step):
-    """In joint the encoder's gradient is kappa * g_ppo + g_vae, each taken alone with the same noise."""
-    agent, args, mb, *_ = joint_step
-    encoder = [*agent.encoder.parameters(), *agent.mu.parameters()]
-    joint = flat(encoder)
-    agent.zero_grad()
-    vae_ppo.minibatch_loss(agent, mb, argparse.Namespace(**vars(args) | {"mode": "adapt"}))[0].backward()
-    ppo = flat(encoder)
-    agent.zero_grad()
-    frames = mb["frames"][:, 3:].flatten(0, 1)
-    torch.manual_seed(7)
-    recon, kl = vae_ppo.vae_loss(agent, *agent.encode(frames), frames)
-    (recon + 2 * kl).backward()
-    vae = flat(encoder)
-    assert 3 * ppo.norm() > 1e-3 * vae.norm()  # else the sum would not show it
-    torch.testing.assert_close(joint - vae, 3 * ppo, rtol=1e-2, atol=1e-3 * ppo.abs().max().item())
-    torch.testing.assert_close(joint, 3 * ppo + vae, rtol=1e-3, atol=1e-4 * vae.abs().max().item())
-
-
-def test_taps_hold_the_gradients_at_u(joint_step):
-    """The taps' gradients are those of kappa * L_PPO and of L_VAE with respect to the latent means."""
-    agent, args, mb, *_ = joint_step
-    ppo_tap, vae_tap = mb["taps"].grad
-    mu, logvar = (x.unflatten(0, mb["frames"].shape[:2]) for x in agent.encode(mb["frames"].flatten(0, 1)))
-    features = vae_ppo.stack_features(mu, mb["stack"])
-    ppo = args.kappa * vae_ppo.ppo_loss(*agent.policy(features), mb, args)[0]
-    torch.manual_seed(7)
-    recon, kl = vae_ppo.vae_loss(agent, *(x[:, 3:].flatten(0, 1) for x in (mu, logvar, mb["frames"])))
-    (g_ppo,) = torch.autograd.grad(ppo, mu, retain_graph=True)
-    (g_vae,) = torch.autograd.grad(recon + args.beta * kl, mu)
-    torch.testing.assert_close(ppo_tap, g_ppo)
-    torch.testing.assert_close(vae_tap, g_vae)
-    assert (g_vae[:, :3] == 0).all() and (g_ppo[:, :3] != 0).any()
-
-
-def test_logged_gradients_are_norms_at_u_without_kappa():
-    """grad/ppo_at_U and grad/vae_at_U are the norms of the two losses' own gradients at U."""
-    args = make_args("joint", "--kappa 7 --num-minibatches 1 --update-epochs 1")
+@pytest.mark.parametrize("shape", ((6,), (2, 3), (3, 1, 2)))
+def test_networks_and_vae_loss_take_any_leading_dimensions(shape):
+    """encode, decoder, policy and vae_loss give the same numbers in whatever layout of frames."""
     agent = make_agent()
-    ro, twin = play(agent)[0], copy.deepcopy(agent)
-    optimizer = torch.optim.Adam(agent.parameters(), 1e-3)
-    torch.manual_seed(3)
-    metrics = vae_ppo.update(agent, optimizer, ro, args)
-    torch.manual_seed(3)
-    mb = one_minibatch(twin, args, ro)
-    vae_ppo.minibatch_loss(twin, mb, args)[0].backward()
-    ppo_tap, vae_tap = mb["taps"].grad
-    assert metrics["grad/ppo_at_U"] == pytest.approx(ppo_tap.norm().item() / 7, rel=1e-4)
-    assert metrics["grad/vae_at_U"] == pytest.approx(vae_tap.norm().item(), rel=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of itself
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_loss_is_the_eager_one(joint_step, monkeypatch):
-    """torch.compile leaves loss and gradients as they are, in one graph; each call draws z anew."""
-    agent, args, mb, loss, _ = joint_step
-    eager = flat(agent.parameters())
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the eager generator's numbers
-    compiled = torch.compile(vae_ppo.minibatch_loss, fullgraph=True)
-    agent.zero_grad()
-    torch.manual_seed(7)
-    first, metrics = compiled(agent, mb, args)
-    first.backward()
-    torch.testing.assert_close(first, loss, rtol=1e-4, atol=0)  # sums in another order
-    torch.testing.assert_close(
-        flat(agent.parameters()), eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item()
-    )
-    assert compiled(agent, mb, args)[1]["vae/recon_loss"] != metrics["vae/recon_loss"]
-
-
-# ---- Stacks ----
-def slow_policy(agent, seen):
-    """Stack, then encode every frame of every stack: log pi and V of each row, by real deques."""
-    n = agent.num_stack
-    stacks = [deque([frame[0]] * n, n) for frame in seen[0][0]]
-    out, reset_row = [], np.zeros(len(stacks), dtype=bool)
-    for obs, _, terminated, truncated in seen[1:] + seen[-1:]:  # the last row needs no next one
-        frames = torch.from_numpy(np.array(stacks))  # (N, num_stack, 84, 84)
-        with torch.no_grad():
-            out.append(agent.policy(torch.stack([agent.encode(stack)[0].flatten() for stack in frames])))
-        for stack, frame, afresh in zip(stacks, obs[:, 0], reset_row, strict=True):
-            stack.extend([frame] * (n if afresh else 1))
-        reset_row = terminated | truncated
-    return [torch.stack(x) for x in zip(*out, strict=True)]
-
-
-@pytest.mark.parametrize("num_stack", (1, 4))
-def test_encode_once_is_stack_then_encode(num_stack):
-    """A rollout's log pi and V are those of real frame stacks, which a reset row starts afresh."""
-    agent = make_agent(num_stack)
-    ro, games = play(agent, T=20)
-    log_probs, values = slow_policy(agent, games.envs.seen)
-    assert ro.done.sum() > 5
-    torch.testing.assert_close(ro.log_probs, log_probs[:-1], rtol=0, atol=1e-4)
-    torch.testing.assert_close(ro.values, values, rtol=0, atol=1e-4)
-
-
-def test_next_rollout_carries_frames_over():
-    """A second rollout, with new weights, sees the first one's last frames in its first stacks."""
-    agent = make_agent()
-    ro, games = play(agent, T=10, p=0.05)
-    agent.load_state_dict(make_agent(seed=9).state_dict())
-    vae_ppo.rollout(agent, games, ro)
-    log_probs, values = slow_policy(agent, games.envs.seen)
-    assert (ro.first[0] < 3).any()  # an episode goes on
-    torch.testing.assert_close(ro.log_probs, log_probs[10:-1], rtol=0, atol=1e-4)
-    torch.testing.assert_close(ro.values, values[10:], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("mode", ("fixed", "adapt", "joint"))
-def test_minibatches_see_the_stacks_of_the_rollout(mode, monkeypatch):
-    """With the weights of the rollout, an update's log pi and V are the rollout's, row by row."""
-    agent, seen, real = make_agent(), [], vae_ppo.ppo_loss
-
-    def ppo_loss(log_probs, value, mb, args):
-        seen.append((log_probs, mb["log_probs"], value, mb["values"]))
-        return real(log_probs, value, mb, args)
-
-    monkeypatch.setattr(vae_ppo, "ppo_loss", ppo_loss)
-    args = make_args(mode)
-    ro, _ = play(agent, times=2)
-    for mb in vae_ppo.minibatches(ro, *torch.zeros(2, 16, 3), args):
-        vae_ppo.minibatch_loss(agent, mb, args)
-    assert len(seen) == 4
-    for log_probs, old_log_probs, value, old_value in seen:
-        torch.testing.assert_close(log_probs, old_log_probs, rtol=0, atol=1e-4)
-        torch.testing.assert_close(value, old_value, rtol=0, atol=1e-4)
-
-
-def test_stack_index_repeats_the_first_frame():
-    """A stack is the last num_stack rows, oldest first, and no row before the episode's first."""
-    index = vae_ppo.stack_index(torch.tensor([9, 9]), torch.tensor([8, 0]), 4)
-    assert index.tolist() == [[8, 8, 8, 9], [6, 7, 8, 9]]
+    frames = torch.from_numpy(noise(6, rng=np.random.default_rng(0)))
+    answers = []
+    for layout in ((6,), shape):
+        x = frames.view(*layout, 84, 84)
+        mu, logvar = agent.encode(x)
+        p_x = agent.decoder(mu)
+        logits, value = agent.policy(mu.repeat_interleave(4, dim=-1))
+        torch.manual_seed(0)
+        l_vae, metrics = vae_ppo.vae_loss(agent.decoder, mu, logvar, x, 2.0)
+        assert mu.shape == logvar.shape == (*layout, 5) and p_x.shape == x.shape
+        assert logits.shape == (*layout, 3) and value.shape == layout
+        answers.append([*(y.reshape(-1) for y in (mu, logvar, p_x, logits, value)), l_vae])
+    torch.testing.assert_close(*answers)
 
 
 def test_permuting_frames_permutes_blocks_of_u():
     """The frames of a stack share the encoder: in another order, they permute U's blocks."""
-    agent, order = make_agent(), [2, 0, 3, 1]
-    frames = torch.from_numpy(NoiseEnvs(4).frame()[:, 0])
-    index = torch.arange(4)[None, None]
-    u, permuted = (vae_ppo.stack_features(agent.encode(x)[0][None], index) for x in (frames, frames[order]))
-    torch.testing.assert_close(permuted.view(4, 5), u.view(4, 5)[order])
-    torch.testing.assert_close(u.view(4, 5), agent.encode(frames)[0])
+    agent = make_agent()
+    order = [2, 0, 3, 1]
+    frames = torch.from_numpy(noise(4, 1, rng=np.random.default_rng(0)))  # rows of one game
+    stack = torch.arange(4)[None]
+    u = vae_ppo.stack_features(agent.encode(frames)[0], stack).view(4, 5)
+    permuted = vae_ppo.stack_features(agent.encode(frames[order])[0], stack).view(4, 5)
+    torch.testing.assert_close(permuted, u[order])
+    torch.testing.assert_close(u, agent.encode(frames[:, 0])[0])
 
 
-# ---- GAE ----
-def test_gae_by_hand():
-    """GAE gives the numbers of a pencil: going on, truncated (bootstrapped) and terminated (not)."""
-    rewards, values = torch.tensor([[1.0], [2], [3]]), torch.tensor([[1.0], [2], [3], [4]])
-    no, at_1 = torch.zeros(3, 1), torch.tensor([[0.0], [1], [0]])
-    cases = (no, no, [1.5, 2, 2]), (no, at_1, [1.375, 1.5, 2]), (at_1, at_1, [1, 0, 2])
-    for terminated, done, expected in cases:
-        advantages, returns = vae_ppo.gae(rewards, values, terminated, done, 0.5, 0.5)
-        assert advantages.flatten().tolist() == expected
-        assert returns.flatten().tolist() == [a + v for a, v in zip(expected, (1, 2, 3), strict=True)]
+# ---- Losses ----
+def black(*shape):
+    return torch.zeros(*shape, 84, 84, dtype=torch.uint8)
 
 
-@given(st.integers(1, 12), st.integers(1, 3), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6))
-def test_gae_is_the_quadratic_sum(T, N, gamma, lam, seed):
-    """On every row but a reset row, GAE is its O(T^2) definition over the row's own episode alone."""
-    rng = np.random.default_rng(seed)
-    rewards, values = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N))
-    terminated, truncated = rng.random((2, T, N)) < 0.2
-    done = terminated | truncated
-    reset_row = np.vstack([np.zeros((1, N), dtype=bool), done[:-1]])
-    noisy = np.where(reset_row, 1e6, rewards)  # what a reset row pays belongs to nobody
-    tensors = (torch.tensor(x, dtype=torch.float64) for x in (noisy, values, terminated, done))
-    advantages = vae_ppo.gae(*tensors, gamma, lam)[0].numpy()
-    for t, n in itertools.product(range(T), range(N)):
-        expected = 0.0
-        for k in range(t, T):
-            bootstrap = 0.0 if terminated[k, n] else gamma * values[k + 1, n]
-            expected += (gamma * lam) ** (k - t) * (rewards[k, n] + bootstrap - values[k, n])
-            if done[k, n]:
-                break
-        if not reset_row[t, n]:
-            assert advantages[t, n] == pytest.approx(expected, abs=1e-9)
+def constant(logit):
+    """A decoder whose logits are all the same."""
+    return lambda z: torch.full((*z.shape[:-1], 84, 84), float(logit))
 
 
-# ---- PPO loss ----
+@pytest.mark.parametrize("mu, var, nats", ((1, 1, 10), (0, 4, 30 - 10 * math.log(4))))
+def test_vae_kl_by_hand(mu, var, nats):
+    """In 20 dimensions the KL is 10 nats at mu = 1 and 16.1 at a variance of 4; beta weighs it."""
+    mu, logvar = torch.full((3, 20), float(mu)), torch.full((3, 20), math.log(var))
+    l_vae, metrics = vae_ppo.vae_loss(constant(-99), mu, logvar, black(3), beta=3.0)
+    assert metrics["vae/kl"].item() == pytest.approx(nats)
+    assert l_vae.item() == pytest.approx(3 * nats)
+
+
+NATS = [(0, 0.5, math.log(2)), (3, 1, 0.0485874), (3, 0, 3.0485874)]
+
+
+@pytest.mark.parametrize("logit, white, nats", NATS)
+def test_reconstruction_by_hand(logit, white, nats):
+    """-E[log p(x|z)] sums the pixels' cross-entropies: 84 * 84 * ln 2 where every p is 0.5."""
+    frames = black(3)
+    frames[:, : int(84 * white)] = 255
+    mu, logvar = torch.zeros(3, 5), torch.zeros(3, 5)
+    l_vae, metrics = vae_ppo.vae_loss(constant(logit), mu, logvar, frames, beta=1.0)
+    assert metrics["vae/recon_loss"].item() == pytest.approx(84 * 84 * nats, rel=1e-5)
+    assert l_vae.item() == metrics["vae/recon_loss"].item()
+
+
+def test_latents_are_sampled():
+    """The decoder gets z of mean mu and standard deviation exp(logvar / 2)."""
+    seen = []
+    mu = torch.tensor([-2.0, 0, 1, 2, 3])
+    std = torch.tensor([0.1, 0.5, 1, 2, 3])
+
+    def decoder(z):
+        seen.append(z)
+        return torch.zeros(*z.shape[:-1], 84, 84)
+
+    logvar = (2 * std.log()).expand(500, 5)
+    vae_ppo.vae_loss(decoder, mu.expand(500, 5), logvar, black(500), beta=1.0)
+    assert ((seen[0].mean(0) - mu).abs() < 0.15 * std).all()
+    assert (seen[0].std(0) / std - 1).abs().max() < 0.1
+
+
 def ppo(probability, old=0.5, advantage=1.0, value=0.0, old_value=0.0, ret=0.0, flags=""):
-    """L_PPO of rows with two actions, of which the first was taken, all valid; lists give several rows."""
-    p, old, advantage, value, old_value, ret = torch.broadcast_tensors(
-        *(torch.tensor(x, dtype=torch.float64) for x in (probability, old, advantage, value, old_value, ret))
-    )
-    mb = {"valid": torch.ones_like(p), "actions": torch.zeros_like(p, dtype=torch.long), "values": old_value}
-    mb |= {"advantages": advantage, "returns": ret, "log_probs": torch.stack([old, 1 - old], -1).log()}
+    """L_PPO and metrics of steps that took the first of two actions; lists give several steps."""
+    numbers = (probability, old, advantage, value, old_value, ret)
+    tensors = [torch.tensor(x, dtype=torch.float64) for x in numbers]
+    p, old, advantage, value, old_value, ret = torch.broadcast_tensors(*tensors)
+    mb = {
+        "actions": torch.zeros_like(p, dtype=torch.long),
+        "logits": torch.stack([old, 1 - old], -1).log(),
+        "values": old_value,
+        "advantages": advantage,
+        "returns": ret,
+        "valid": torch.ones_like(p, dtype=torch.bool),
+    }
     args = make_args("joint", f"--no-norm-adv --clip-coef 0.2 --ent-coef 0 --vf-coef 0 {flags}")
     return vae_ppo.ppo_loss(torch.stack([p, 1 - p], -1).log(), value, mb, args)
 
@@ -413,8 +306,9 @@ def test_ppo_loss_in_each_clip_quadrant(advantage, probability, loss):
 
 @pytest.mark.parametrize("flags, l_v", [("--clip-vloss", 1.62), ("--no-clip-vloss", 0.5)])
 def test_value_loss_by_hand(flags, l_v):
-    """V moving from 1 to 2 under a return of 3 costs half of 1.8^2 clipped at 0.2, half of 1 unclipped."""
-    total, metrics = ppo([0.5], value=[2.0], old_value=1.0, ret=3.0, flags=flags + " --vf-coef 0.25")
+    """V from 1 to 2 under a return of 3 costs half of 1.8^2 clipped at 0.2, half of 1 unclipped."""
+    flags += " --vf-coef 0.25"
+    total, metrics = ppo([0.5], value=[2.0], old_value=1.0, ret=3.0, flags=flags)
     assert metrics["losses/value_loss"].item() == pytest.approx(l_v)
     assert total.item() == pytest.approx(-1 + 0.25 * l_v)
 
@@ -428,228 +322,241 @@ def test_entropy_is_rewarded():
 
 def test_advantages_are_normalised():
     """Advantages 2 and 6 become -1 and 1: with ratios 0.9 and 1.1, J_clip is 0.1."""
-    total, _ = ppo([0.45, 0.55], advantage=[2.0, 6.0], flags="--norm-adv")
+    total, metrics = ppo([0.45, 0.55], advantage=[2.0, 6.0], flags="--norm-adv")
     assert total.item() == pytest.approx(-0.1)
+    assert metrics["losses/clipfrac"].item() == 0
 
 
-def random_minibatch(seed=0, rows=40, actions=3):
-    """log pi of the network now (a leaf), V now (a leaf), and a minibatch with rows to be masked."""
+def random_minibatch(seed=0, steps=40):
+    """Logits and V of the networks now (leaves), and a minibatch of which some steps are masked."""
     g = torch.Generator().manual_seed(seed)
-    old, new = torch.randn(2, rows, actions, generator=g, dtype=torch.float64).log_softmax(-1)
-    numbers = torch.randn(4, rows, generator=g, dtype=torch.float64)
-    mb = dict(zip(("advantages", "returns", "values"), numbers[:3], strict=True)) | {"log_probs": old}
-    mb["actions"] = torch.randint(actions, (rows,), generator=g)
-    mb["valid"] = (torch.rand(rows, generator=g) < 0.6).double()
-    return new.requires_grad_(), numbers[3].clone().requires_grad_(), mb
+    old, new = torch.randn(2, steps, 3, generator=g, dtype=torch.float64)
+    advantages, returns, values, value = torch.randn(4, steps, generator=g, dtype=torch.float64)
+    mb = {
+        "actions": torch.randint(3, (steps,), generator=g),
+        "logits": old,
+        "values": values,
+        "advantages": advantages,
+        "returns": returns,
+        "valid": torch.rand(steps, generator=g) < 0.6,
+    }
+    return new.requires_grad_(), value.clone().requires_grad_(), mb
 
 
-def test_masked_rows_have_no_influence():
-    """Whatever stands in the masked rows, the loss, its metrics and its gradient are the same."""
-    args, results = make_args("joint"), []
+def test_masked_steps_have_no_influence():
+    """Whatever stands in the masked steps, the loss, its metrics and its gradient are the same."""
+    results = []
     for other in (False, True):
-        log_probs, value, mb = random_minibatch()
+        logits, value, mb = random_minibatch()
         if other:
-            masked, (log_probs2, value2, mb2) = mb["valid"] == 0, random_minibatch(1)
-            for key in ("advantages", "returns", "values", "log_probs", "actions"):
-                mb[key][masked] = mb2[key][masked] * (1 if key in ("actions", "log_probs") else 50)
-            log_probs.data[masked], value.data[masked] = log_probs2.data[masked], value2.data[masked]
-        loss, metrics = vae_ppo.ppo_loss(log_probs, value, mb, args)
+            masked = ~mb["valid"]
+            logits2, value2, mb2 = random_minibatch(seed=1)
+            for key in ("actions", "logits", "values", "advantages", "returns"):
+                mb[key][masked] = mb2[key][masked] * (1 if key == "actions" else 50)
+            logits.data[masked] = logits2.data[masked]
+            value.data[masked] = value2.data[masked]
+        loss, metrics = vae_ppo.ppo_loss(logits, value, mb, make_args("joint"))
         loss.backward()
-        results.append((loss, log_probs.grad, value.grad, *metrics.values()))
-    assert all(map(torch.equal, *results))
+        results.append((loss, logits.grad, value.grad, *metrics.values()))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
-def test_categorical_kl_is_that_of_torch():
-    """approx_kl is KL(old || new) in closed form, as torch.distributions has it."""
-    log_probs, value, mb = random_minibatch()
-    old, new = (torch.distributions.Categorical(logits=x) for x in (mb["log_probs"], log_probs))
-    expected = torch.distributions.kl_divergence(old, new)[mb["valid"] > 0].mean()
-    metrics = vae_ppo.ppo_loss(log_probs, value, mb, make_args("joint"))[1]
+def test_approx_kl_is_that_of_torch():
+    """approx_kl is KL(pi_old || pi) in closed form, as torch.distributions has it."""
+    logits, value, mb = random_minibatch()
+    pi_old, pi = (torch.distributions.Categorical(logits=x) for x in (mb["logits"], logits))
+    expected = torch.distributions.kl_divergence(pi_old, pi)[mb["valid"]].mean()
+    _, metrics = vae_ppo.ppo_loss(logits, value, mb, make_args("joint"))
     assert metrics["losses/approx_kl"].item() == pytest.approx(expected.item())
 
 
-# ---- VAE loss ----
-def test_vae_kl_by_hand():
-    """KL is exactly 10 nats at mu = 1, logvar = 0 in 20 dimensions."""
-    frames = torch.zeros(3, 84, 84, dtype=torch.uint8)
-    assert vae_ppo.vae_loss(make_agent(4, 20), torch.ones(3, 20), torch.zeros(3, 20), frames)[1].item() == 10
+# ---- Modes ----
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory):
+    """The folder of a pretrain run of three epochs."""
+    folder = tmp_path_factory.mktemp("vae")
+    assert vae_ppo.main([*tiny("pretrain", name="vae"), "--runs-dir", str(folder)]) == 0
+    return folder / "vae"
 
 
-@pytest.mark.parametrize("logit, white, nats", [(0, 0.5, math.log(2)), (3, 1, 0.0485874), (3, 0, 3.0485874)])
-def test_reconstruction_by_hand(logit, white, nats):
-    """The reconstruction term sums the pixels' cross-entropies: 84 * 84 * ln 2 where every p is 0.5."""
-    agent, frames = make_agent(), torch.zeros(3, 84, 84, dtype=torch.uint8)
-    nn.init.zeros_(agent.decoder[-2].weight)
-    nn.init.constant_(agent.decoder[-2].bias, logit)
-    frames[:, : int(84 * white)] = 255
-    recon, _ = vae_ppo.vae_loss(agent, torch.ones(3, 5), torch.zeros(3, 5), frames)
-    assert recon.item() == pytest.approx(84 * 84 * nats, rel=1e-5)
+TRAINED = {
+    "pretrain": {"encoder", "mu", "logvar", "decoder"},
+    "fixed": {"trunk", "actor", "critic"},
+    "adapt": {"encoder", "mu", "trunk", "actor", "critic"},
+    "joint": {"encoder", "mu", "logvar", "decoder", "trunk", "actor", "critic"},
+}
 
 
-def test_latents_are_sampled():
-    """The decoder gets z of mean mu and standard deviation exp(logvar / 2)."""
-    agent, seen = make_agent(), []
-    agent.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    mu, std = (
-        torch.tensor([-2.0, 0, 1, 2, 3]).expand(500, 5),
-        torch.tensor([0.1, 0.5, 1, 2, 3]).expand(500, 5),
-    )
-    with torch.no_grad():
-        vae_ppo.vae_loss(agent, mu, 2 * std.log(), torch.zeros(500, 84, 84, dtype=torch.uint8))
-    assert ((seen[0].mean(0) - mu[0]).abs() < 0.15 * std[0]).all()
-    assert (seen[0].std(0) / std[0] - 1).abs().max() < 0.1
+@pytest.mark.parametrize("mode", TRAINED)
+def test_a_mode_moves_exactly_its_networks(mode, vae_run):
+    """A run moves every tensor of its mode's networks and no other; fixed and adapt begin with the
+    pretrained VAE, bitwise, and with a policy of their own."""
+    argv = tiny(mode, vae=vae_run / "checkpoint.pt")
+    begun = copy.deepcopy(new_agent(4, 20, 4, 1))
+    fresh = new_agent(4, 20, 4, 1).state_dict()
+    assert vae_ppo.restore(begun, None, vae_ppo.parse_args(argv), Path("none")) == (0, [], 0)
+    assert vae_ppo.main(argv) == 0
+    pretrained, saved = load(vae_run)["weights"], load("runs/r")
+    moved = set()
+    for name, x in begun.state_dict().items():
+        handed_on = mode in ("fixed", "adapt") and name.split(".")[0] in TRAINED["pretrain"]
+        assert torch.equal(x, (pretrained if handed_on else fresh)[name])
+        if not torch.equal(x, saved["weights"][name]):
+            moved.add(name)
+    assert moved == {name for name in fresh if name.split(".")[0] in TRAINED[mode]}
+    assert len(saved["optimizer"]["param_groups"][0]["params"]) == len(moved)
 
 
-# ---- Update ----
-def learn(flags, lr=1e-3):
-    """One update of 16 minibatches in adapt mode. Returns metrics, number of Adam steps, weights."""
-    args, agent = (
-        make_args("adapt", flags),
-        make_agent(),
-    )
-    ro, _ = play(agent)
-    optimizer = torch.optim.Adam(agent.parameters(), lr)
-    torch.manual_seed(5)
-    metrics = vae_ppo.update(agent, optimizer, ro, args)
-    steps = max([int(state["step"]) for state in optimizer.state.values()], default=0)
-    return metrics, steps, agent.state_dict()
+class NoiseEnvs:
+    """Random blocks, rewards and ends of episodes, even on reset rows. `seen` keeps them all."""
+
+    single_action_space = SimpleNamespace(n=3)
+
+    def __init__(self, num_envs, seed=0, p=0.15):
+        self.num_envs, self.p = num_envs, p
+        self.rng = np.random.default_rng(seed)
+
+    def frame(self):
+        return noise(self.num_envs, 1, rng=self.rng)
+
+    def reset(self, seed=None):
+        self.clock = np.ones(self.num_envs, dtype=np.int32)
+        no = np.zeros(self.num_envs, dtype=bool)
+        self.seen = [(self.frame(), no * 0, no, no)]
+        return self.seen[0][0], {"episode_frame_number": self.clock}
+
+    def step(self, action):
+        reward = self.rng.integers(-3, 8, self.num_envs).astype(np.int32)
+        terminated, truncated = self.rng.random((2, self.num_envs)) < self.p
+        self.clock = self.clock + 4
+        self.seen.append((self.frame(), reward, terminated, truncated & ~terminated))
+        return *self.seen[-1], {"episode_frame_number": self.clock}
 
 
-@pytest.mark.parametrize("lr, flags, stops", [(0.1, "", 1), (1e-9, "", 0), (0.1, "--target-kl 0", 0)])
-def test_kl_stop(lr, flags, stops):
-    """A huge learning rate ends the update early, a tiny one never, and neither does a target of 0."""
-    metrics, steps, _ = learn(flags, lr)
-    assert metrics["losses/kl_stop"] == stops
-    assert metrics["losses/updates"] == steps
-    assert 0 < steps < 16 if stops else steps == 16
+def play(agent, T=16, N=3, seed=0, times=1, p=0.15):
+    """A Buffer filled on NoiseEnvs, and the games it is from."""
+    games = vae_ppo.Games(NoiseEnvs(N, seed, p), 1, None)
+    buffer = vae_ppo.Buffer(agent, T, N, torch.device("cpu"))
+    torch.manual_seed(seed)
+    for _ in range(times):
+        vae_ppo.rollout(agent, games, buffer)
+    return buffer, games
 
 
-def test_kl_stop_comes_before_the_update():
-    """A minibatch whose KL is past the target is not learnt from: here the second, so one step is applied."""
-    metrics, steps, weights = learn("--target-kl 1e-5", 0.01)
-    assert metrics["losses/approx_kl"] > 1e-5
-    assert (steps, metrics["losses/updates"]) == (1, 1)
-    args, agent = make_args("adapt"), make_agent()
-    ro, _ = play(agent)
-    optimizer = torch.optim.Adam(agent.parameters(), 0.01)
-    torch.manual_seed(5)
-    mb = one_minibatch(agent, args, ro)
-    vae_ppo.apply_gradient(optimizer, vae_ppo.minibatch_loss(agent, mb, args)[0], args.max_grad_norm)
-    assert same(weights, agent.state_dict())
+def one_minibatch(buffer, args):
+    """The first minibatch of an update."""
+    advantages, returns = vae_ppo.gae(buffer, args.gamma, args.gae_lambda)
+    return next(vae_ppo.minibatches(buffer, advantages, returns, args))
 
 
-def test_gradient_is_clipped():
-    """A gradient longer than max_grad_norm is shortened to it; 0 leaves it alone; its norm is logged."""
-    for limit, length in ((0.5, 0.5), (0.0, 5.0), (9.0, 5.0)):
-        weight = nn.Parameter(torch.zeros(2))
-        loss = (weight * torch.tensor([3.0, 4.0])).sum()
-        logged = vae_ppo.apply_gradient(torch.optim.SGD([weight], 1.0), loss, limit)
-        assert weight.norm().item() == pytest.approx(length, rel=1e-4)
-        assert logged["grad/norm"].item() == pytest.approx(5)
+@pytest.fixture
+def joint_step():
+    """A minibatch of joint with kappa = 3: metrics, and gradients at U and of encoder and mu: of
+    its loss, and of either loss taken alone with the same noise."""
+    agent = make_agent()
+    args = make_args("joint", "--kappa 3 --beta 2 --num-minibatches 1")
+    buffer, _ = play(agent)
+    mb = one_minibatch(buffer, args)
+    agent.actor.weight.data *= 1.5  # now the policy differs from the rollout's
+    weights = [*agent.encoder.parameters(), *agent.mu.parameters()]
+    torch.manual_seed(7)
+    loss, metrics = vae_ppo.minibatch_loss(agent, buffer, mb, args)
+    loss.backward()
+    joint = torch.cat([p.grad.flatten() for p in weights])
+    frames = buffer.frames[mb["rows"]]
+    mu, logvar = agent.encode(frames)
+    logits, value = agent.policy(vae_ppo.stack_features(mu, mb["stack"]))
+    l_ppo, _ = vae_ppo.ppo_loss(logits, value, mb, args)
+    torch.manual_seed(7)
+    l_vae, _ = vae_ppo.vae_loss(agent.decoder, mu[3:], logvar[3:], frames[3:], args.beta)
+    at_u, alone = [], []
+    for l_x in (l_ppo, l_vae):
+        g_u, *g = torch.autograd.grad(l_x, [mu, *weights], retain_graph=True)
+        at_u.append(g_u)
+        alone.append(torch.cat([x.flatten() for x in g]))
+    return metrics, at_u, joint, alone
 
 
-def test_learns_from_the_sign_of_rewards():
-    """The rollout holds the sign of each raw reward and the ends of episodes as the games gave them."""
-    ro, games = play(make_agent())
-    _, reward, terminated, truncated = map(np.array, zip(*games.envs.seen[1:], strict=True))
-    assert abs(reward).max() > 1
-    assert np.array_equal(ro.rewards.numpy(), np.sign(reward))
-    assert np.array_equal(ro.terminated.numpy(), terminated)
-    assert np.array_equal(ro.done.numpy(), terminated | truncated)
-    assert np.array_equal(ro.reset_row[1:].numpy(), terminated | truncated)
+def test_joint_gradient_is_kappa_ppo_plus_vae(joint_step):
+    """The encoder's gradient in joint is kappa * g_ppo + g_vae, each taken alone."""
+    _, _, joint, (g_ppo, g_vae) = joint_step
+    assert 3 * g_ppo.norm() > 1e-3 * g_vae.norm()  # else the sum would not show it
+    atol = 1e-3 * g_ppo.abs().max().item()
+    torch.testing.assert_close(joint - g_vae, 3 * g_ppo, rtol=1e-2, atol=atol)
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 9), st.data())
-def test_minibatches_cover_each_step_once(L, segments, N, seed, data):
-    """An epoch has every (t, env) once, with that row's own contents, frames and validity."""
-    T = L * segments
-    count = data.draw(st.sampled_from([m for m in range(1, segments * N + 1) if segments * N % m == 0]))
-    ro = vae_ppo.Rollout(make_agent(3), T, N, torch.device("cpu"))
-    ids = torch.arange(T * N).view(T, N)
-    ro.actions[:], ro.log_probs[:], ro.values[:T] = ids, ids[..., None], ids
-    ro.frames[:] = torch.arange((T + 3) * N).view(T + 3, N, 1, 1)
-    generator = torch.Generator().manual_seed(seed)
-    ro.reset_row[:] = torch.rand(T + 1, N, generator=generator) < 0.3
-    ro.first[:] = (torch.rand(T + 1, N, generator=generator) * (torch.arange(T + 1)[:, None] + 3)).long()
-    args, seen = make_args("joint", f"--num-steps {T} --segment-length {L} --num-minibatches 1"), []
-    args.num_minibatches = count
-    batches = list(vae_ppo.minibatches(ro, ids.float(), ids.float(), args))
-    for mb in batches:
-        rows = mb["actions"]
-        for key in ("advantages", "returns", "values"):
-            assert torch.equal(mb[key], rows.float())
-        assert torch.equal(mb["log_probs"], rows.float()[..., None].expand(-1, -1, 3))
-        assert torch.equal(mb["valid"], 1.0 - ro.reset_row[:T].flatten()[rows].float())
-        for b, step in itertools.product(range(len(rows)), range(L)):
-            (t, n), stack = divmod(rows[b, step].item(), N), mb["frames"][b, mb["stack"][b, step], 0, 0]
-            assert stack.tolist() == [max(t + k, ro.first[t, n].item()) * N + n for k in range(3)]
-        seen += rows.flatten().tolist()
-    assert sorted(seen) == list(range(T * N))
-    assert len(batches) == count and len({mb["actions"].shape for mb in batches}) == 1
+def test_logged_gradients_are_those_of_each_loss_at_u(joint_step):
+    """grad/ppo_at_U and grad/vae_at_U are the norms of d L_PPO / dU, without kappa, and d L_VAE /
+    dU, over the means of all frames."""
+    metrics, (g_ppo, g_vae), *_ = joint_step
+    torch.testing.assert_close(metrics["grad/ppo_at_U"], g_ppo.norm(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(metrics["grad/vae_at_U"], g_vae.norm(), rtol=1e-4, atol=0)
 
 
 # ---- Environment ----
 @pytest.fixture(scope="module")
 def breakout():
-    """800 steps of 4 real games, whose player never serves: a list of one dict of arrays per step."""
-    envs, fire = vae_ppo.make_envs(make_args("joint", "--num-envs 4 --env-threads 1 --runs-dir none"))
-    games, log, real, rng = vae_ppo.Games(envs, fire, np.arange(4)), [], envs.step, np.random.default_rng(0)
+    """800 steps of 4 real games, whose player never serves: games, and one dict per step."""
+    args = make_args("joint", "--num-envs 4 --env-threads 1 --runs-dir none")
+    envs, fire = vae_ppo.make_envs(args)
+    games = vae_ppo.Games(envs, fire, np.arange(4))
+    log = []
+    real = envs.step
 
     def step(action):
-        obs, reward, terminated, truncated, info = out = real(action)
-        log.append({"sent": action.copy(), "obs": obs[:, 0].copy(), "reward": reward, "done": terminated})
-        log[-1] |= {"lives": info["lives"], "clock": info["episode_frame_number"], "trunc": truncated}
-        return out
+        obs, reward, terminated, truncated, info = real(action)
+        log.append({"sent": action.copy(), "reward": reward, "done": terminated, **info})
+        return obs, reward, terminated, truncated, info
 
     envs.step = step
+    rng = np.random.default_rng(0)
     for _ in range(800):
         games.step(rng.choice([0, 2, 3], 4))
     envs.close()
     return games, log
 
 
-def pairs(log):
+def ends(log):
     """(step, next step, game) at each end of a life or a game."""
     return [(a, b, n) for a, b in itertools.pairwise(log) for n in np.flatnonzero(a["done"])]
 
 
 def test_a_lost_life_ends_the_episode_and_fire_serves(breakout):
-    """After each lost life comes a reset row with FIRE, in the same game, and no other row has FIRE."""
+    """After each lost life, five to none, comes a reset row with FIRE in the same game; no other
+    row has FIRE."""
     _, log = breakout
-    lost = [(a, b, n) for a, b, n in pairs(log) if a["lives"][n] > 0]
-    assert len(lost) > 20
+    lost = [(a, b, n) for a, b, n in ends(log) if a["lives"][n] > 0]
+    lives = [a["lives"][n] for n in range(4) for a in log if a["done"][n]]
+    assert set(itertools.pairwise(lives)) >= {(4, 3), (3, 2), (2, 1), (1, 0), (0, 4)}
     for a, b, n in lost:
         assert b["sent"][n] == 1 and b["lives"][n] == a["lives"][n] and not b["done"][n]
-        assert b["clock"][n] == a["clock"][n] + 4
+        assert b["episode_frame_number"][n] == a["episode_frame_number"][n] + 4
     for a, b in itertools.pairwise(log):
         assert np.array_equal(b["sent"] == 1, a["done"])
         assert (a["done"] | (b["lives"] == a["lives"]) | b["done"]).all()
 
 
-def test_a_served_game_goes_on_to_its_last_life(breakout):
-    """Games are lost life by life, five to none, which needs a serve after each."""
-    lives = [a["lives"][n] for n in range(4) for a in breakout[1] if a["done"][n]]
-    assert len(lives) > 20
-    assert set(itertools.pairwise(lives)) >= {(4, 3), (3, 2), (2, 1), (1, 0), (0, 4)}
-
-
 def test_a_new_game_follows_a_game_over(breakout):
-    """The row after a game over pays nothing and returns the first frame of a game of five lives."""
-    over = [(b, n) for a, b, n in pairs(breakout[1]) if a["lives"][n] == 0]
+    """The row after a game over pays nothing and returns the first frame of five new lives."""
+    _, log = breakout
+    over = [(b, n) for a, b, n in ends(log) if a["lives"][n] == 0]
     assert len(over) > 4
     for b, n in over:
-        assert b["reward"][n] == 0 and b["lives"][n] == 5 and b["clock"][n] <= 30 and not b["done"][n]
+        assert b["reward"][n] == 0 and b["lives"][n] == 5
+        assert b["episode_frame_number"][n] <= 30 and not b["done"][n]
 
 
 def test_scores_are_those_of_whole_games(breakout):
     """`scores` has the sum of raw rewards of every finished game, all five lives, in order."""
     games, log = breakout
-    total, scores = np.zeros(4), []
-    for step, last in zip(log, [None, *log], strict=False):
-        for n in np.flatnonzero(last["done"] & (last["lives"] == 0)) if last else ():
+    total = np.zeros(4)
+    scores = []
+    for step in log[:-1]:
+        total += step["reward"]
+        for n in np.flatnonzero(step["done"] & (step["lives"] == 0)):
             scores.append(total[n])
             total[n] = 0
-        total += step["reward"]
     assert list(games.scores) == scores and sum(scores) > 0
 
 
@@ -662,13 +569,12 @@ def test_rewards_are_raw_and_fire_may_be_missing():
 
 
 def test_preprocessing_is_that_of_opencv():
-    """Frames equal, to the pixel, skip 4, max of the last two, grey and INTER_AREA on raw ALE screens."""
+    """Frames equal, to the pixel, skip 4, max of two, grey and INTER_AREA on raw ALE screens."""
     envs, fire = vae_ppo.make_envs(make_args("joint", "--num-envs 2"))
     obs, info = envs.reset(seed=np.array([5, 6]))
-    actions = np.random.default_rng(0).integers(0, 4, (60, 2))
-    steps = [envs.step(action) for action in actions]
-    frames = np.stack([obs, *(step[0] for step in steps)])[:, :, 0]
     noops = info["episode_frame_number"]
+    actions = np.random.default_rng(0).integers(0, 4, (60, 2))
+    frames = np.stack([obs, *(envs.step(action)[0] for action in actions)])[:, :, 0]
     assert len(set(noops)) == 2
     for n in range(2):
         ale = ale_py.ALEInterface()
@@ -676,10 +582,11 @@ def test_preprocessing_is_that_of_opencv():
         ale.setFloat("repeat_action_probability", 0.0)
         ale.loadROM(ale_py.roms.get_rom_path("breakout"))
         ale.reset_game()
-        buttons, screens = ale.getMinimalActionSet(), []
+        buttons = ale.getMinimalActionSet()
         for button in [buttons[fire]] + [buttons[0]] * (noops[n] - 1):
             ale.act(button)
         expected = [ale.getScreenGrayscale()]
+        screens = []
         for action in actions[:, n]:
             for _ in range(4):
                 ale.act(buttons[action])
@@ -689,176 +596,680 @@ def test_preprocessing_is_that_of_opencv():
             assert np.array_equal(frame, cv2.resize(screen, (84, 84), interpolation=cv2.INTER_AREA))
 
 
-class SquareEnvs:
-    """A bright square at the left, middle or right; naming its place pays 1; eight steps make a game."""
-
-    single_action_space = SimpleNamespace(n=3)
-
-    def __init__(self, num_envs):
-        self.num_envs, self.rng = num_envs, np.random.default_rng(0)
-
-    def look(self):
-        self.place = self.rng.integers(0, 3, self.num_envs)
-        obs = np.zeros((self.num_envs, 1, 84, 84), dtype=np.uint8)
-        for n, place in enumerate(self.place):
-            obs[n, 0, 30:50, 28 * place + 4 : 28 * place + 24] = 255
-        return obs
-
-    def reset(self, seed=None):
-        self.age = np.zeros(self.num_envs, dtype=np.int32)
-        return self.look(), {"episode_frame_number": self.age}
-
-    def step(self, action):
-        new_game = self.age == 8  # this step is ignored
-        reward = np.where(new_game, 0, action == self.place).astype(np.int32)
-        self.age = np.where(new_game, 0, self.age + 1)
-        return self.look(), reward, self.age == 8, np.zeros_like(new_game), {"episode_frame_number": self.age}
-
-    def close(self):
-        pass
-
-
-def test_joint_learns_a_small_visual_task(monkeypatch):
-    """In some thousand steps joint learns to name the square's place: 8 of 8, where chance has 2.7."""
-    monkeypatch.setattr(vae_ppo, "make_envs", lambda args: (SquareEnvs(args.num_envs), 0))
-    flags = """--mode joint --no-cuda --run-name square --num-envs 8 --num-steps 16 --segment-length 8
-        --num-minibatches 2 --update-epochs 2 --gamma 0.5 --num-stack 2 --latent-dim 8 --target-kl 0
-        --total-timesteps 3072 --no-anneal-lr"""
-    assert vae_ppo.main(flags.split()) == 0
-    assert sum(load("runs/square/checkpoint.pt")["scores"][-16:]) > 6 * 16
-
-
-# ---- Runs ----
-def test_equal_seeds_are_bitwise_equal(joint_runs):
-    """Equal seeds give bitwise equal weights and logs, whatever the number of emulator threads."""
-    a, b = (load(joint_runs / name / "checkpoint.pt") for name in "ab")
-    assert same(a["weights"], b["weights"])
-    for x, y in zip(rows_of(joint_runs / "a"), rows_of(joint_runs / "b"), strict=True):
-        assert x | {"charts/SPS": ""} == y | {"charts/SPS": ""}
-
-
-def test_another_seed_differs(joint_runs):
-    """Another seed gives other weights, and draws other games and noise in its first iteration."""
-    assert not same(*(load(joint_runs / name / "checkpoint.pt")["weights"] for name in "ac"))
-    assert rows_of(joint_runs / "a")[0]["vae/kl"] != rows_of(joint_runs / "c")[0]["vae/kl"]
-
-
-def test_no_two_processes_or_iterations_share_seeds():
-    """Seeds of games and torch differ between runs, processes and iterations, and repeat on demand."""
-    args, seen = make_args("joint"), []
+def test_no_two_runs_processes_or_iterations_share_seeds():
+    """Seeds of games and torch differ between runs, ranks and iterations, and repeat on demand."""
+    args = make_args("joint")
+    seen = []
     for args.seed, rank, iteration in itertools.product((1, 2), range(3), range(3)):
-        again = vae_ppo.reseed(args, rank, iteration).tolist()
-        seen += [*vae_ppo.reseed(args, rank, iteration).tolist(), torch.initial_seed()]
-        assert seen[-4:-1] == again
-    assert len(set(seen)) == 18 * 4 and min(seen) >= 0 and max(seen) < 2**31
+        seeds = vae_ppo.reseed(args, rank, iteration).tolist()
+        seen += [*seeds, torch.initial_seed()]
+        assert vae_ppo.reseed(args, rank, iteration).tolist() == seeds
+    assert len(set(seen)) == 18 * 3 and min(seen) >= 0 and max(seen) < 2**31
 
 
-def stop_in_iteration(number, monkeypatch, sig=signal.SIGINT):
-    """Send this process a signal in the middle of the numbered iteration. Returns the list of calls."""
-    real, calls = vae_ppo.update, []
-
-    def update(agent, optimizer, *inputs):
-        states = agent.state_dict(), optimizer.state_dict()
-        calls.append((copy.deepcopy(states), optimizer.param_groups[0]["lr"]))
-        if len(calls) == number:
-            os.kill(os.getpid(), sig)
-        return real(agent, optimizer, *inputs)
-
-    monkeypatch.setattr(vae_ppo, "update", update)
-    return calls
-
-
-def test_stop_and_resume_go_on_where_they_were(monkeypatch):
-    """A run stopped in its second of four iterations saves, and resumed has its weights, moments, schedule,
-    counters and scores, without a gap or a repeat in metrics.csv."""
-    calls = stop_in_iteration(2, monkeypatch)
-    flags = [*TINY_JOINT, "--total-timesteps", "128", "--run-name", "r", "--learning-rate", "0.004"]
-    assert vae_ppo.main(flags) == 130
-    saved = load("runs/r/checkpoint.pt")
-    saved["scores"] = [3.0, 4.0]
-    torch.save(saved, "runs/r/checkpoint.pt")
-    assert (saved["iteration"], saved["global_step"]) == (2, 64)
-    assert vae_ppo.main(["--mode", "joint", "--run-name", "r", "--resume"]) == 0
-    (weights, optimizer), _ = calls[2]
-    assert same(weights, saved["weights"])
-    assert optimizer["state"].keys() == saved["optimizer"]["state"].keys() != set()
-    for key, state in optimizer["state"].items():
-        assert same(state, saved["optimizer"]["state"][key])
-    rows = rows_of("runs/r")
-    assert [int(row["global_step"]) for row in rows] == [32, 64, 96, 128]
-    assert [float(row["charts/learning_rate"]) for row in rows] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
-    assert [lr for _, lr in calls] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
-    assert load("runs/r/checkpoint.pt")["scores"][:2] == [3, 4]
-    assert float(rows[2]["charts/episodic_return"]) == 3.5
+# ---- Rollout and GAE ----
+def slow_policy(agent, seen):
+    """Stack, then encode every frame of every stack: log pi and V of each step, by real deques."""
+    n = agent.num_stack
+    stacks = [deque([frame[0]] * n, n) for frame in seen[0][0]]
+    reset_row = np.zeros(len(stacks), dtype=bool)
+    log_probs, values = [], []
+    for obs, _, terminated, truncated in seen[1:] + seen[-1:]:  # the last step needs no next one
+        frames = torch.from_numpy(np.array(stacks))  # (N, num_stack, 84, 84)
+        with torch.no_grad():
+            features = torch.stack([agent.encode(stack)[0].flatten() for stack in frames])
+            logits, value = agent.policy(features)
+        log_probs.append(logits.log_softmax(-1))
+        values.append(value)
+        for stack, frame, afresh in zip(stacks, obs[:, 0], reset_row, strict=True):
+            stack.extend([frame] * (n if afresh else 1))
+        reset_row = terminated | truncated
+    return torch.stack(log_probs[:-1]), torch.stack(values)
 
 
-def test_two_resumes_of_a_checkpoint_are_bitwise_equal(joint_runs):
-    """From equal checkpoints the next updates are bitwise equal, for one and two emulator threads."""
-    ends = []
-    for name in ("x", "y"):
-        shutil.copytree(joint_runs / "a", f"runs/{name}")
-        threads = ["--env-threads", str(1 + len(ends))]
-        flags = ["--mode", "joint", "--resume", "--run-name", name, "--total-timesteps", "96", *threads]
-        assert vae_ppo.main(flags) == 0
-        ends.append(load(f"runs/{name}/checkpoint.pt"))
-    a, b = ends
-    assert a["global_step"] == b["global_step"] == 96 and a["scores"] == b["scores"]
-    assert same(a["weights"], b["weights"])
-    assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys() != set()
-    assert all(same(a["optimizer"]["state"][k], b["optimizer"]["state"][k]) for k in a["optimizer"]["state"])
+@pytest.mark.parametrize("num_stack", (1, 4))
+def test_encoding_once_is_stacking_and_encoding(num_stack):
+    """A rollout's log pi and V are those of real frame stacks, which a reset row starts afresh."""
+    agent = make_agent(num_stack)
+    buffer, games = play(agent, T=20)
+    log_probs, values = slow_policy(agent, games.envs.seen)
+    assert buffer.reset_row.sum() > 5
+    torch.testing.assert_close(buffer.logits.log_softmax(-1), log_probs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(buffer.values, values, rtol=0, atol=1e-4)
 
 
-def test_resume_drops_rows_after_the_checkpoint():
-    """Rows that a killed run logged after its checkpoint, and half a row, are gone when it is resumed."""
-    assert vae_ppo.main([*TINY_JOINT, "--run-name", "r"]) == 0
-    with open("runs/r/metrics.csv", "a") as file:
-        file.write("64" + "," * (len(vae_ppo.COLUMNS) - 1) + "\n9")
-    assert vae_ppo.main([*TINY_JOINT, "--run-name", "r", "--resume", "--total-timesteps", "96"]) == 0
-    rows = rows_of("runs/r")
-    assert [int(row["global_step"]) for row in rows] == [32, 64, 96]
-    assert all(row["vae/kl"] for row in rows)
+def test_the_next_rollout_carries_frames_over():
+    """A second rollout, with new weights, sees the first one's last frames in its first stacks."""
+    agent = make_agent()
+    buffer, games = play(agent, T=10, p=0.05)
+    agent.load_state_dict(make_agent(seed=9).state_dict())
+    vae_ppo.rollout(agent, games, buffer)
+    log_probs, values = slow_policy(agent, games.envs.seen)
+    assert (buffer.stack[0, :, 0] < 3).any()  # an episode goes on
+    torch.testing.assert_close(buffer.logits.log_softmax(-1), log_probs[10:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(buffer.values, values[10:], rtol=0, atol=1e-4)
 
 
-def test_resumed_pretraining_is_bitwise_the_uninterrupted(vae_run):
-    """Pretraining resumed after its first epoch ends with the weights and losses of a run never stopped."""
-    flags = [*TINY_VAE, "--run-name", "r", "--vae-epochs"]
-    assert vae_ppo.main([*flags, "1"]) == 0
-    assert vae_ppo.main([*flags, "3", "--resume"]) == 0
-    assert same(*(load(Path(run, "checkpoint.pt"))["weights"] for run in ("runs/r", vae_run)))
-    losses = [[row["vae/recon_loss"] for row in rows_of(run)] for run in ("runs/r", vae_run)]
-    assert losses[0] == losses[1]
+def test_a_stack_repeats_the_first_frame_of_an_episode():
+    """A stack has the rows of the last frames, oldest first, and none before the reset row's."""
+    buffer = vae_ppo.Buffer(make_agent(), 5, 1, torch.device("cpu"))
+    buffer.stack[0] = 3
+    frame, no = np.zeros((1, 84, 84), dtype=np.uint8), np.array([False])
+    for t in range(5):
+        buffer.add(t, frame, np.array([0]), np.array([t == 1]), no)
+    expected = [[3, 3, 3, 3], [3, 3, 3, 4], [3, 3, 4, 5], [6, 6, 6, 6], [6, 6, 6, 7], [6, 6, 7, 8]]
+    assert buffer.stack[:, 0].tolist() == expected
 
 
+def test_rewards_are_learnt_by_their_sign():
+    """The buffer holds each raw reward's sign, and frames and ends as the games gave them."""
+    buffer, games = play(make_agent())
+    frames, reward, terminated, truncated = map(np.array, zip(*games.envs.seen, strict=True))
+    assert abs(reward).max() > 1
+    assert np.array_equal(buffer.frames[3:], frames[:, :, 0])
+    assert np.array_equal(buffer.rewards, np.sign(reward[1:]))
+    assert np.array_equal(buffer.terminated, terminated[1:])
+    assert np.array_equal(buffer.reset_row, terminated | truncated)
+
+
+def test_gae_by_hand():
+    """GAE gives the numbers of a pencil: on, truncated (bootstrapped) and terminated (not)."""
+    no, at_1 = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [True], [False]])
+    cases = [(no, no, [1.5, 2, 2]), (no, at_1, [1.375, 1.5, 2]), (at_1, at_1, [1, 0, 2])]
+    for terminated, done, advantages in cases:
+        buffer = SimpleNamespace(T=3, terminated=terminated)
+        buffer.rewards = torch.tensor([[1.0], [2], [3]])
+        buffer.values = torch.tensor([[1.0], [2], [3], [4]])
+        buffer.reset_row = torch.cat([no[:1], done])
+        found, returns = vae_ppo.gae(buffer, 0.5, 0.5)
+        assert found.flatten().tolist() == advantages
+        assert (returns - found).flatten().tolist() == [1, 2, 3]
+
+
+@given(st.integers(1, 12), st.integers(1, 3), st.floats(0, 1), st.floats(0, 1), st.integers(0, 999))
+def test_gae_is_the_quadratic_sum(T, N, gamma, gae_lambda, seed):
+    """On every step but a reset row, GAE is its O(T^2) definition over its own episode alone."""
+    rng = np.random.default_rng(seed)
+    rewards = rng.normal(size=(T, N))
+    values = rng.normal(size=(T + 1, N))
+    terminated, truncated = rng.random((2, T, N)) < 0.2
+    reset_row = np.vstack([np.zeros((1, N), dtype=bool), terminated | truncated])
+    noisy = np.where(reset_row[:-1], 1e6, rewards)  # what a reset row pays belongs to nobody
+    buffer = SimpleNamespace(T=T, rewards=torch.tensor(noisy), values=torch.tensor(values))
+    buffer.terminated = torch.tensor(terminated)
+    buffer.reset_row = torch.tensor(reset_row)
+    advantages, _ = vae_ppo.gae(buffer, gamma, gae_lambda)
+    for t, n in itertools.product(range(T), range(N)):
+        expected = 0.0
+        for k in range(t, T):
+            next_value = 0.0 if terminated[k, n] else values[k + 1, n]
+            delta = rewards[k, n] + gamma * next_value - values[k, n]
+            expected += (gamma * gae_lambda) ** (k - t) * delta
+            if reset_row[k + 1, n]:
+                break
+        if not reset_row[t, n]:
+            assert advantages[t, n].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("T, N", ((1, 1), (1, 2), (2, 1)))
+def test_the_smallest_rollouts_work(T, N):
+    """Rollouts of one step, of one game, or of both are learnt from."""
+    flags = f"--num-steps {T} --num-envs {N} --segment-length 1 --num-minibatches 1"
+    assert run_main(tiny("joint", f"{flags} --total-timesteps {3 * T * N}")) == 0
+    assert len(rows_of("runs/r")) == 3
+
+
+# ---- Update ----
+def spy(monkeypatch, name, before):
+    """Has `before` see the inputs of each call of a function of vae_ppo.py, which goes on."""
+    real = getattr(vae_ppo, name)
+
+    def spied(*inputs):
+        before(*inputs)
+        return real(*inputs)
+
+    monkeypatch.setattr(vae_ppo, name, spied)
+
+
+@pytest.mark.parametrize("mode", ("fixed", "adapt", "joint"))
+def test_minibatches_see_the_stacks_of_the_rollout(mode, monkeypatch):
+    """With the weights of the rollout, an update's log pi and V are the rollout's, step by step."""
+    agent = make_agent()
+    buffer, _ = play(agent, times=2)
+    shares = []
+
+    def compare(logits, value, mb, args):
+        shares.append(value.numel())
+        torch.testing.assert_close(logits, mb["logits"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(value, mb["values"], rtol=0, atol=1e-4)
+
+    spy(monkeypatch, "ppo_loss", compare)
+    args = make_args(mode)
+    for mb in vae_ppo.minibatches(buffer, *torch.zeros(2, 16, 3), args):
+        vae_ppo.minibatch_loss(agent, buffer, mb, args)
+    assert shares == [24, 24]
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 9), st.data())
+def test_minibatches_cover_each_step_once(L, pieces, N, seed, data):
+    """An epoch has every step of every game once, each with what belongs to it."""
+    T = L * pieces
+    divisors = [m for m in range(1, pieces * N + 1) if pieces * N % m == 0]
+    args = SimpleNamespace(segment_length=L, num_minibatches=data.draw(st.sampled_from(divisors)))
+    args.update_epochs = 2
+    buffer = vae_ppo.Buffer(make_agent(3), T, N, torch.device("cpu"))
+    ids = torch.arange(T * N).view(T, N)
+    g = torch.Generator().manual_seed(seed)
+    age = (torch.rand(T + 1, N, 3, generator=g) * 3).long()
+    buffer.actions[:] = ids
+    buffer.values[:T] = ids + 0.1
+    buffer.logits[:] = ids[..., None] + 0.2
+    buffer.reset_row[:] = torch.rand(T + 1, N, generator=g) < 0.3
+    buffer.stack[:] = 2 + torch.arange(T + 1)[:, None, None] - age
+    buffer.frames[:] = torch.arange((T + 3) * N).view(T + 3, N, 1, 1)
+    torch.manual_seed(seed)
+    batches = list(vae_ppo.minibatches(buffer, ids + 0.3, ids + 0.4, args))
+    assert len(batches) == 2 * args.num_minibatches
+    for mb in batches:
+        step = mb["actions"]
+        assert step.shape == (L, pieces * N // args.num_minibatches)
+        assert torch.equal(mb["values"], buffer.values.flatten()[step])
+        assert torch.equal(mb["logits"], buffer.logits.flatten(0, 1)[step])
+        assert torch.equal(mb["advantages"], step + 0.3)
+        assert torch.equal(mb["returns"], step + 0.4)
+        assert torch.equal(mb["valid"], ~buffer.reset_row.flatten()[step])
+        seen = vae_ppo.stack_features(buffer.frames[mb["rows"]][..., :1, 0], mb["stack"])
+        t, n = step[..., None] // N, step[..., None] % N
+        assert torch.equal(seen.long(), buffer.stack[t, n].squeeze(2) * N + n)
+    for epoch in (batches[: args.num_minibatches], batches[args.num_minibatches :]):
+        steps = torch.cat([mb["actions"].flatten() for mb in epoch])
+        assert steps.sort().values.tolist() == list(range(T * N))
+
+
+def learn(flags, lr=1e-3):
+    """One update of 16 minibatches in adapt: last metrics, number of Adam steps, weights."""
+    agent = make_agent()
+    buffer, _ = play(agent)
+    optimizer = torch.optim.Adam(agent.parameters(), lr)
+    torch.manual_seed(5)
+    args = make_args("adapt", f"--update-epochs 8 {flags}")
+    _, last = vae_ppo.update(agent, optimizer, buffer, args)
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    return last, max(steps), agent.state_dict()
+
+
+@pytest.mark.parametrize(
+    "lr, flags, stops", [(0.1, "", 1), (1e-9, "", 0), (0.1, "--target-kl 0", 0)]
+)
+def test_the_kl_stops_an_update(lr, flags, stops):
+    """A huge learning rate ends the update early, a tiny one never, nor does a target of 0."""
+    last, steps, _ = learn(flags, lr)
+    assert last["losses/kl_stop"] == stops
+    assert last["losses/updates"] == steps
+    assert 0 < steps < 16 if stops else steps == 16
+
+
+def test_the_kl_stop_comes_before_the_step():
+    """A minibatch whose KL is past the target is not learnt from: here the second, after one."""
+    last, steps, weights = learn("--target-kl 1e-5", 0.01)
+    assert last["losses/approx_kl"] > 1e-5
+    assert steps == last["losses/updates"] == 1
+    args = make_args("adapt")
+    agent = make_agent()
+    buffer, _ = play(agent)
+    optimizer = torch.optim.Adam(agent.parameters(), 0.01)
+    torch.manual_seed(5)
+    loss, _ = vae_ppo.minibatch_loss(agent, buffer, one_minibatch(buffer, args), args)
+    vae_ppo.apply_gradient(optimizer, loss, args.max_grad_norm)
+    assert same(weights, agent.state_dict())
+
+
+@pytest.mark.parametrize("limit, length", ((0.5, 0.5), (0.0, 5.0), (9.0, 5.0)))
+def test_the_gradient_is_clipped(limit, length):
+    """A gradient longer than max_grad_norm is shortened to it; 0 leaves it; its norm is logged."""
+    weight = nn.Parameter(torch.zeros(2))
+    loss = (weight * torch.tensor([3.0, 4.0])).sum()
+    norm = vae_ppo.apply_gradient(torch.optim.SGD([weight], 1.0), loss, limit)
+    assert weight.norm().item() == pytest.approx(length, rel=1e-4)
+    assert norm.item() == pytest.approx(5)
+
+
+# ---- Pretraining ----
 def test_pretraining_lowers_the_loss(vae_run):
     """Each epoch of pretraining has a lower L_VAE than the one before."""
     losses = [float(row["vae/recon_loss"]) + float(row["vae/kl"]) for row in rows_of(vae_run)]
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("policy", (True, False))
-def test_pretraining_frames_are_those_of_its_player(policy, monkeypatch, joint_runs):
-    """The frames are the games' own, num_frames of them; --policy plays them, or all actions alike likely."""
-    envs, players, real = NoiseEnvs(2), [], vae_ppo.rollout
-    args = make_args("pretrain", f"--num-envs 2 --num-frames 15 --policy {joint_runs}/a/checkpoint.pt")
-    if not policy:
-        args.policy = None
-    monkeypatch.setattr(vae_ppo, "rollout", lambda *args: (players.append(args), real(*args)))
-    envs.single_action_space = SimpleNamespace(n=4)
-    frames = vae_ppo.collect_frames(args, vae_ppo.Games(envs, 1, None), torch.device("cpu"))
-    seen = np.concatenate([step[0][:, 0] for step in envs.seen])
-    assert np.array_equal(frames.numpy(), seen[:15])
-    player, _, ro = players[0]
-    if policy:
-        assert same(player.state_dict(), load(args.policy)["weights"])
+@pytest.mark.parametrize("num_stack", (None, 4, 1))
+def test_pretraining_frames_are_those_of_its_player(num_stack, monkeypatch):
+    """The frames are the games' own, num_frames of them, played by --policy, whatever it sees, or
+    by chance."""
+    flags = "--num-frames 14"
+    if num_stack:
+        policy = make_agent(num_stack, 20).state_dict()
+        saved = vars(make_args("joint", f"--num-stack {num_stack}"))
+        vae_ppo.save_checkpoint(Path("policy.pt"), weights=policy, args=saved)
+        flags += " --policy policy.pt"
+    calls = []
+    spy(monkeypatch, "rollout", lambda *inputs: calls.append(inputs))
+    envs = NoiseEnvs(2)
+    games = vae_ppo.Games(envs, 1, None)
+    frames = vae_ppo.collect_frames(make_args("pretrain", flags), games, torch.device("cpu"))
+    assert np.array_equal(frames, np.concatenate([obs[:, 0] for obs, *_ in envs.seen])[:14])
+    ((player, _, buffer),) = calls
+    if num_stack:
+        assert same(player.state_dict(), policy)
     else:
-        torch.testing.assert_close(ro.log_probs.exp(), torch.full_like(ro.log_probs, 0.25))
+        assert (buffer.logits == 0).all()
 
 
-def test_a_failed_save_keeps_the_old_checkpoint(joint_runs, monkeypatch):
-    """A disk that fills up while saving leaves the old checkpoint bitwise intact, and no other file."""
-    path, agent = Path("checkpoint.pt"), make_agent()
-    optimizer, args = torch.optim.Adam(agent.parameters()), make_args("joint")
-    vae_ppo.save_checkpoint(path, agent, optimizer, args, 1, 32, [1.0])
+# ---- Training: runs ----
+@pytest.fixture(scope="module")
+def joint_runs(tmp_path_factory):
+    """Folders of joint runs of two iterations: a and b differ in threads alone, c in the seed."""
+    folder = tmp_path_factory.mktemp("joint")
+    for name, seed, threads in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1)):
+        flags = f"--total-timesteps 64 --seed {seed} --env-threads {threads} --runs-dir {folder}"
+        assert vae_ppo.main(tiny("joint", flags, name)) == 0
+    return folder
+
+
+def test_equal_seeds_are_bitwise_equal_and_others_differ(joint_runs):
+    """Equal seeds give bitwise equal weights and logs, whatever the number of emulator threads;
+    another seed gives other weights, and other games and noise from the first iteration on."""
+    a, b, c = (load(joint_runs / name)["weights"] for name in "abc")
+    assert same(a, b) and not same(a, c)
+    rows = [rows_of(joint_runs / name) for name in "abc"]
+    for a, b, c in zip(*rows, strict=True):
+        assert {**a, "charts/SPS": ""} == {**b, "charts/SPS": ""}
+        assert a["vae/kl"] != c["vae/kl"]
+
+
+class SquareEnvs(NoiseEnvs):
+    """A square at the left, middle or right; naming its place pays 1; eight steps make a game."""
+
+    def frame(self):
+        self.place = self.rng.integers(0, 3, self.num_envs)
+        obs = np.zeros((self.num_envs, 1, 84, 84), dtype=np.uint8)
+        for n, place in enumerate(self.place):
+            obs[n, 0, 30:50, 28 * place + 4 : 28 * place + 24] = 255
+        return obs
+
+    def step(self, action):
+        reward = (action == self.place) * (self.clock < 9) * 1  # the ninth step is ignored
+        self.clock = self.clock % 9 + 1
+        no = np.zeros(self.num_envs, dtype=bool)
+        return self.frame(), reward, self.clock == 9, no, {"episode_frame_number": self.clock}
+
+
+def test_joint_learns_a_small_visual_task(monkeypatch):
+    """In 3 072 steps joint learns to name the square's place: 6 of 8, where chance has 2.7."""
+    monkeypatch.setattr(vae_ppo, "make_envs", lambda args: (SquareEnvs(args.num_envs), 0))
+    flags = """--num-envs 8 --update-epochs 2 --gamma 0.5 --num-stack 2 --latent-dim 8 --target-kl 0
+        --total-timesteps 3072 --no-anneal-lr"""
+    assert run_main(tiny("joint", flags)) == 0
+    assert sum(load("runs/r")["scores"][-16:]) > 6 * 16
+
+
+# ---- Training: stop and resume ----
+def test_stop_and_resume_go_on_where_they_were(monkeypatch):
+    """A run stopped in its second of four iterations saves, and resumed it has its weights,
+    moments, schedule, counters and scores, without a gap or a repeat in metrics.csv."""
+    states, rates = [], []
+
+    def before_update(agent, optimizer, *_):
+        states.append(copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"])))
+        rates.append(optimizer.param_groups[0]["lr"])
+        if len(rates) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    spy(monkeypatch, "update", before_update)
+    argv = tiny("joint", "--total-timesteps 128 --learning-rate 0.004")
+    assert run_main(argv) == 128 + signal.SIGTERM
+    saved = load("runs/r")
+    assert (saved["iteration"], saved["global_step"]) == (2, 64)
+    saved["scores"] = [3.0, 4.0]
+    torch.save(saved, "runs/r/checkpoint.pt")
+    assert run_main([*argv, "--resume"]) == 0
+    weights, moments = states[2]
+    assert same(weights, saved["weights"])
+    assert moments.keys() == saved["optimizer"]["state"].keys() != set()
+    for key, state in moments.items():
+        assert same(state, saved["optimizer"]["state"][key])
+    rows = rows_of("runs/r")
+    assert [row["global_step"] for row in rows] == ["32", "64", "96", "128"]
+    assert rates == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
+    assert [float(row["charts/learning_rate"]) for row in rows] == pytest.approx(rates)
+    assert float(rows[2]["charts/episodic_return"]) == 3.5
+    assert load("runs/r")["scores"][:2] == [3, 4]
+
+
+def resumed(source, name, flags):
+    """The checkpoint after a copy of `source` went on."""
+    shutil.copytree(source, f"runs/{name}")
+    assert run_main(tiny("joint", f"--resume {flags}", name)) == 0
+    return load(f"runs/{name}")
+
+
+def test_two_resumes_of_a_checkpoint_are_bitwise_equal(joint_runs):
+    """From equal checkpoints the next update is bitwise equal, for 1 and 2 emulator threads."""
+    a = resumed(joint_runs / "a", "x", "--total-timesteps 96 --env-threads 1")
+    b = resumed(joint_runs / "a", "y", "--total-timesteps 96 --env-threads 2")
+    assert a["global_step"] == b["global_step"] == 96 and a["scores"] == b["scores"]
+    assert same(a["weights"], b["weights"])
+    for key, state in a["optimizer"]["state"].items():
+        assert same(state, b["optimizer"]["state"][key])
+
+
+@pytest.mark.parametrize("saved", (True, False))
+def test_resume_drops_rows_after_the_checkpoint(saved, joint_runs):
+    """Rows that a killed run logged after its checkpoint, and half a row, are gone on resuming; a
+    run that was killed before its first checkpoint begins anew."""
+    shutil.copytree(joint_runs / "a", "runs/r")
+    with open("runs/r/metrics.csv", "a") as file:
+        file.write("96,1.0,2.0,3.0\n9")
+    if not saved:
+        Path("runs/r/checkpoint.pt").unlink()
+    steps = 96 if saved else 64
+    assert run_main(tiny("joint", f"--resume --total-timesteps {steps}")) == 0
+    rows = rows_of("runs/r")
+    assert [int(row["global_step"]) for row in rows] == list(range(32, steps + 1, 32))
+    assert all(row["vae/kl"] for row in rows)
+    assert saved or same(load("runs/r")["weights"], load(joint_runs / "a")["weights"])
+
+
+def test_resumed_pretraining_is_bitwise_the_uninterrupted(vae_run):
+    """Pretraining resumed after its first epoch ends as a run never stopped, in weights and log."""
+    assert run_main(tiny("pretrain", "--vae-epochs 1")) == 0
+    assert run_main(tiny("pretrain", "--vae-epochs 3 --resume")) == 0
+    assert same(load("runs/r")["weights"], load(vae_run)["weights"])
+    for a, b in zip(rows_of("runs/r"), rows_of(vae_run), strict=True):
+        assert a["vae/recon_loss"] == b["vae/recon_loss"]
+
+
+def test_a_finished_run_says_so_when_it_is_resumed(joint_runs, capsys):
+    """Resuming a finished run names its iterations, ends with 0, and leaves weights and log."""
+    before = rows_of(joint_runs / "a")
+    after = resumed(joint_runs / "a", "r", "--total-timesteps 64")
+    assert "2 of 2 iterations" in capsys.readouterr().out
+    assert same(after["weights"], load(joint_runs / "a")["weights"])
+    assert rows_of("runs/r") == before
+
+
+@pytest.mark.parametrize("num_minibatches", (1, 2))
+def test_numbers_that_are_not_finite_replace_no_good_checkpoint(
+    num_minibatches, monkeypatch, capsys
+):
+    """A step that throws the weights to infinity, the last one or one whose weights make the next
+    loss NaN, ends the run with 2 and a sentence; the checkpoint and log before it stay."""
+
+    def before_update(agent, optimizer, *_):
+        if rows_of("runs/r"):
+            optimizer.param_groups[0]["lr"] = 1e38
+
+    spy(monkeypatch, "update", before_update)
+    flags = f"--checkpoint-every 1 --num-minibatches {num_minibatches} --total-timesteps 64"
+    assert run_main(tiny("joint", flags)) == 2
+    assert re.search("error: [a-z/_]+ is (inf|nan)", capsys.readouterr().err)
+    assert load("runs/r")["iteration"] == len(rows_of("runs/r")) == 1
+
+
+def test_weights_that_explode_end_the_run_with_a_sentence(capsys):
+    """A learning rate that makes the policy's logits NaN ends the run with 2, not a traceback."""
+    flags = "--learning-rate 9e8 --num-minibatches 1 --no-anneal-lr --total-timesteps 96"
+    assert run_main(tiny("joint", flags)) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of itself
+def test_compile_compiles_each_network_and_shows_in_no_key(monkeypatch, joint_runs):
+    """--compile hands each network to torch.compile; the checkpoint is that of a plain run."""
+    compiled = []
+    real = nn.Module.compile
+
+    def compile_eagerly(network):
+        compiled.append(network)
+        real(network, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    assert run_main(tiny("joint", "--compile --total-timesteps 64")) == 0
+    assert len(compiled) == len(list(make_agent().children()))
+    assert same(load("runs/r")["weights"], load(joint_runs / "a")["weights"])
+
+
+# ---- Training: processes ----
+@contextlib.contextmanager
+def started(*argvs, **environment):
+    """The program as processes, one rank each, which have logged a row; killed at the end."""
+    environment |= {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank, argv in enumerate(argvs):
+        command = [sys.executable, vae_ppo.__file__, *argv]
+        env = {**environment, "RANK": str(rank)}
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        while processes[0].poll() is None and not rows_of("runs/r"):
+            time.sleep(0.1)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+ENDLESS = "--total-timesteps 1000000 --checkpoint-every 1"
+
+
+def test_ctrl_c_saves_and_ends_the_program():
+    """Ctrl-C has a running program save a checkpoint and exit with 130."""
+    with started(tiny("joint", "--total-timesteps 1000000")) as (process,):
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert load("runs/r")["global_step"] == int(rows_of("runs/r")[-1]["global_step"])
+
+
+def test_a_second_process_in_a_live_run_is_refused(capsys):
+    """--resume beside a live run is refused in one sentence and harms nothing; once the first is
+    killed, its run goes on."""
+    argv = [*tiny("joint", ENDLESS), "--resume"]
+    with started(tiny("joint", ENDLESS)) as (process,):
+        while process.poll() is None and not Path("runs/r/checkpoint.pt").exists():
+            time.sleep(0.1)
+        before = Path("runs/r/metrics.csv").read_bytes()
+        assert run_main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "another process is at work in runs/r" in line
+        assert process.poll() is None
+        assert Path("runs/r/metrics.csv").read_bytes().startswith(before)
+    steps = load("runs/r")["global_step"] + 32
+    assert run_main([*argv, "--total-timesteps", str(steps)]) == 0
+    logged = [int(row["global_step"]) for row in rows_of("runs/r")]
+    assert logged == list(range(32, steps + 1, 32))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def test_a_killed_process_ends_the_others():
+    """When one of two processes is killed, the other ends with an error, and does not hang."""
+    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    argv = tiny("joint", ENDLESS)
+    with started(argv, argv, **rendezvous) as (first, second):
+        assert first.poll() is None
+        second.kill()
+        first.communicate(timeout=60)
+        assert first.returncode > 0
+
+
+def loss_of_rank(agent, rank):
+    """L_joint of a minibatch of the games of one process."""
+    args = make_args("joint", "--run-name other")
+    buffer, _ = play(agent, seed=rank)
+    return vae_ppo.minibatch_loss(agent, buffer, one_minibatch(buffer, args), args)[0]
+
+
+def on_rank(rank, port):
+    """One of two processes: a run of which rank 1 is stopped in its first iteration, and a step."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    kept = {}
+    real = vae_ppo.update
+
+    def update(agent, optimizer, buffer, args):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        seen, last = real(agent, optimizer, buffer, args)
+        kept.update(weights=agent.state_dict(), frames=buffer.frames.clone(), last=last)
+        kept["approx_kl"] = seen[-1]["losses/approx_kl"].item()  # its own
+        return seen, last
+
+    vae_ppo.update = update
+    kept["code"] = vae_ppo.main(tiny("joint", "--total-timesteps 256"))
+    agent = make_agent()
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
+    vae_ppo.apply_gradient(optimizer, loss_of_rank(agent, rank))
+    kept["gradient"] = [p.grad for p in agent.parameters()]
+    torch.save(kept, f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What `on_rank` kept in each of two processes, and the folder of their run."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with contextlib.chdir(folder):
+        torch.multiprocessing.spawn(on_rank, (free_port(),), nprocs=2)
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return *ranks, folder / "runs/r"
+
+
+def test_two_processes_end_with_equal_weights(two_ranks):
+    """Two processes that play different games have bitwise equal weights after an iteration."""
+    a, b, folder = two_ranks
+    assert not torch.equal(a["frames"], b["frames"])
+    assert same(a["weights"], b["weights"])
+    assert same(a["weights"], load(folder)["weights"])
+
+
+def test_two_processes_share_the_kl_that_stops_them(two_ranks):
+    """The KL that both compare with the target is the mean of the two processes' own."""
+    a, b, _ = two_ranks
+    assert a["last"]["losses/updates"] == b["last"]["losses/updates"] == 2
+    assert a["approx_kl"] != b["approx_kl"]
+    shared = (a["approx_kl"] + b["approx_kl"]) / 2
+    for rank in (a, b):
+        assert rank["last"]["losses/approx_kl"].item() == pytest.approx(shared)
+
+
+def test_two_processes_follow_the_mean_of_their_gradients(two_ranks):
+    """Each steps along the mean of what either would do alone (advantages normalised in each)."""
+    alone = []
+    for rank in range(2):
+        agent = make_agent()
+        loss_of_rank(agent, rank).backward()
+        alone.append([p.grad for p in agent.parameters()])
+    for *shared, g0, g1 in zip(*(rank["gradient"] for rank in two_ranks[:2]), *alone, strict=True):
+        for gradient in shared:
+            torch.testing.assert_close(gradient, (g0 + g1) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_a_signal_to_one_process_ends_all(two_ranks):
+    """Ctrl-C that reaches one process alone ends all after the same iteration, saved."""
+    a, b, folder = two_ranks
+    assert (a["code"], b["code"]) == (0, 130)
+    assert load(folder)["global_step"] == 64  # of two processes
+    assert [row["global_step"] for row in rows_of(folder)] == ["64"]
+
+
+# ---- Training: the device ----
+def test_an_iteration_waits_for_the_device_as_often_as_it_says(monkeypatch):
+    """One answer to the device and one action back per step; per iteration one wait for each KL
+    but the first, and one for all metrics."""
+    args = make_args("joint", "--update-epochs 4 --target-kl 1000")
+    device, _, _ = vae_ppo.start_process(args)
+    agent = make_agent()
+    buffer = vae_ppo.Buffer(agent, 16, 3, device)
+    games = vae_ppo.Games(NoiseEnvs(3), 1, None)
+    optimizer = torch.optim.Adam(agent.parameters(), fused=True)
+    calls = Counter()
+
+    def count(name):
+        real = getattr(torch.Tensor, name)
+
+        def counted(*inputs, **options):
+            calls[name] += 1
+            return real(*inputs, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    for name in ("cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__float__", "to"):
+        count(name)
+    vae_ppo.rollout(agent, games, buffer)
+    assert calls == {"cpu": 16, "numpy": 16, "to": 16}
+    calls.clear()
+    seen, last = vae_ppo.update(agent, optimizer, buffer, args)
+    del calls["to"]  # clip_grad_norm_'s own, to where the gradient is
+    assert len(seen) == 8 and calls == {"item": 7}
+    calls.clear()
+    vae_ppo.read_metrics(seen, last, device)
+    assert calls == {"tolist": 1}
+
+
+class Crossings(TorchDispatchMode):
+    """Collects the operations that touch two devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        answer = operation(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, answer)) if isinstance(x, torch.Tensor)]
+        if len({x.device for x in tensors}) > 1:
+            self.seen.append(operation.overloadpacket.__name__)
+        return answer
+
+
+@pytest.mark.parametrize("mode", ("fixed", "adapt", "joint"))
+def test_no_tensor_is_left_on_the_wrong_device(mode, monkeypatch):
+    """On fake tensors of another device (torch's "lazy", which needs no driver), rollout, loss,
+    backward and Adam mix no devices, and copy once to it per step."""
+    args = make_args(mode, "--target-kl 9")
+    vae_ppo.start_process(args)
+    agent = make_agent()
+    games = vae_ppo.Games(NoiseEnvs(3), 1, None)
+    device = torch.device("lazy:0")
+    actions = SimpleNamespace(numpy=lambda: np.zeros(3, dtype=np.int64))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: actions)  # fake tensors have no contents
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: 1.0)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [1.0] * len(x))
+    with FakeTensorMode(), Crossings() as crossings:
+        for module in agent.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device)))
+        optimizer = torch.optim.Adam(agent.parameters())
+        buffer = vae_ppo.Buffer(agent, 16, 3, device)
+        assert crossings.seen == []
+        vae_ppo.rollout(agent, games, buffer)
+        assert crossings.seen == ["copy_"] + ["_to_copy"] * 16  # the first frame, and answers
+        seen, last = vae_ppo.update(agent, optimizer, buffer, args)
+        assert len(seen) == 2 and len(crossings.seen) == 17
+        last["signals"] = 0
+        vae_ppo.read_metrics(seen, last, device)
+        assert set(crossings.seen[17:]) <= {"_to_copy"}
+        assert buffer.frames.device == buffer.logits.device == agent.mu.weight.device == device
+
+
+# ---- Checkpoint and log ----
+def test_a_failed_save_keeps_the_old_checkpoint(monkeypatch):
+    """A disk that fills up while saving leaves the old checkpoint bitwise intact."""
+    path = Path("checkpoint.pt")
+    vae_ppo.save_checkpoint(path, weights={"x": torch.ones(9)}, iteration=1)
     old = path.read_bytes()
 
     def full(descriptor):
@@ -866,156 +1277,8 @@ def test_a_failed_save_keeps_the_old_checkpoint(joint_runs, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        vae_ppo.save_checkpoint(path, agent, optimizer, args, 2, 64, [2.0])
-    assert path.read_bytes() == old and os.listdir() == ["checkpoint.pt"]
-
-
-def test_nan_loss_keeps_the_last_good_checkpoint(monkeypatch, capsys):
-    """A loss that is not finite ends the run with 2 and a sentence; checkpoint and log stay as they were."""
-    path, real, kept = Path("runs/r/checkpoint.pt"), vae_ppo.vae_loss, []
-
-    def vae_loss(agent, mu, logvar, frames):
-        recon, kl = real(agent, mu, logvar, frames)
-        if not path.exists():
-            return recon, kl
-        kept.append(path.read_bytes())
-        return recon * math.nan, kl
-
-    monkeypatch.setattr(vae_ppo, "vae_loss", vae_loss)
-    flags = "--run-name r --checkpoint-every 1 --total-timesteps 128".split()
-    assert vae_ppo.main([*TINY_JOINT, *flags]) == 2
-    assert "iteration 2: " in capsys.readouterr().err.splitlines()[-1]
-    assert path.read_bytes() == kept[0]
-    assert [row["global_step"] for row in rows_of("runs/r")] == ["32"]
-
-
-@pytest.mark.parametrize("column, ill", [("losses/entropy", 0.001), ("losses/updates", 1), ("vae/kl", 0.001)])
-def test_a_symptom_is_said_once(column, ill, tmp_path, capsys):
-    """Ten iterations in a row of no entropy, of a KL stop at once, or of a dead VAE: one warning, ever."""
-    log = vae_ppo.Log(tmp_path, 0, 100)
-    for step, (value, said) in enumerate(
-        [(ill, 0)] * 9 + [(9, 0)] + [(ill, 0)] * 9 + [(ill, 1), (9, 1)] + [(ill, 1)] * 12
-    ):
-        log.write({"global_step": step, column: value})
-        if said == 0:
-            assert "warning" not in capsys.readouterr().err
-    assert capsys.readouterr().err.count(f"warning: {column}") == 1
-    vae_ppo.Log(tmp_path, 99, 100).write({"global_step": 100})  # a column without a value is no symptom
-    assert "warning" not in capsys.readouterr().err
-
-
-def test_a_signal_saves_and_ends_the_run():
-    """Ctrl-C, or SIGTERM, to a running program has it save a checkpoint and exit with 130, or 143."""
-    flags, runs = [*TINY_JOINT, "--total-timesteps", "1000000", "--run-name"], {}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        command = [sys.executable, str(HERE / "vae_ppo.py"), *flags, sig.name]
-        runs[sig] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    for sig, process in runs.items():
-        log = Path("runs", sig.name, "metrics.csv")
-        while process.poll() is None and not (log.exists() and rows_of(log.parent)):
-            time.sleep(0.1)
-        process.send_signal(sig)
-        errors = process.communicate(timeout=120)[1]
-        assert process.returncode == 128 + sig and "Traceback" not in errors
-        steps = load(log.parent / "checkpoint.pt")["global_step"]
-        assert steps == int(rows_of(log.parent)[-1]["global_step"])
-
-
-# ---- Data parallel ----
-def on_rank(rank, port, data):
-    """One of two processes: a gradient of L_PPO on its half of the data, and a run of one iteration."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    torch.set_num_threads(1)
-    kept, real = {}, vae_ppo.update
-
-    def update(*inputs):
-        metrics, agent, ro = real(*inputs), inputs[0], inputs[2]
-        kept.update(weights=agent.state_dict(), frames=ro.frames.clone(), metrics=metrics)
-        return metrics
-
-    vae_ppo.update = update
-    kept["code"] = vae_ppo.main([*TINY_JOINT, "--total-timesteps", "64", "--run-name", "two"])
-    log_probs, value, mb = data
-    half = slice(rank * 10, 10 + rank * 30)  # 10 and 30 rows
-    mb = {key: x[half] for key, x in mb.items()}
-    log_probs, value = (x[half].detach().requires_grad_() for x in (log_probs, value))
-    loss, metrics = vae_ppo.ppo_loss(log_probs, value, mb, make_args("joint", "--run-name other"))
-    loss.backward()
-    kept |= {"grad": (log_probs.grad, value.grad), "loss": vae_ppo.mean_over_ranks(loss.detach())}
-    torch.save(kept, f"rank{rank}.pt")
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """What `on_rank` kept in each of two processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s, contextlib.chdir(folder):
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-        s.close()
-        torch.multiprocessing.spawn(on_rank, (port, random_minibatch()), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def test_two_processes_end_with_equal_weights(two_ranks):
-    """Two processes that play different games have bitwise equal weights after an iteration."""
-    a, b = two_ranks
-    assert a["code"] == b["code"] == 0
-    assert not torch.equal(a["frames"], b["frames"])
-    assert a["metrics"]["losses/updates"] == 2 and same(a["weights"], b["weights"])
-
-
-def test_two_process_gradient_is_that_of_all_data(two_ranks):
-    """The mean of two processes' L_PPO and gradients is that of one process with the data of both."""
-    log_probs, value, mb = random_minibatch()
-    loss, _ = vae_ppo.ppo_loss(log_probs, value, mb, make_args("joint"))
-    loss.backward()
-    for i, x in enumerate((log_probs, value)):
-        torch.testing.assert_close(torch.cat([rank["grad"][i] for rank in two_ranks]) / 2, x.grad)
-    assert two_ranks[0]["loss"].item() == pytest.approx(loss.item())
-
-
-def test_a_killed_process_ends_the_others():
-    """When one process is killed, the other ends with one sentence and exit code 2, and does not hang."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "vae_ppo.py"), *TINY_JOINT, "--total-timesteps", "1000000"]
-    command += ["--run-name", "ranks"]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | where | {"RANK": str(rank), "WORLD_SIZE": "2"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    while processes[0].poll() is None and not (
-        Path("runs/ranks/metrics.csv").exists() and rows_of("runs/ranks")
-    ):
-        time.sleep(0.1)
-    processes[1].kill()
-    errors = processes[0].communicate(timeout=60)[1]
-    processes[1].communicate()
-    assert processes[0].returncode == 2
-    assert "another process" in errors.splitlines()[-1] and "Traceback" not in errors
-
-
-# ---- Bad input ----
-def refused(argv, capsys, *words):
-    """main(argv) exits with 2 and one line on stderr that has the words, and touches nothing on disk."""
-    files = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
-    capsys.readouterr()
-    with warnings.catch_warnings(record=True) as shown, pytest.MonkeyPatch.context() as patch:
-        patch.delattr(vae_ppo, "rollout")  # what is not refused must not train for hours
-        assert vae_ppo.main(list(map(str, argv))) == 2
-    (line,) = [*capsys.readouterr().err.splitlines(), *shown]  # outside pytest, warnings go there, too
-    assert line.startswith("vae_ppo.py: error: ")
-    for word in words:
-        assert str(word) in line
-    assert files == {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+        vae_ppo.save_checkpoint(path, weights={"x": torch.zeros(9)}, iteration=2)
+    assert path.read_bytes() == old
 
 
 class Malicious:
@@ -1023,7 +1286,7 @@ class Malicious:
         return os.system, ("touch harm-done",)
 
 
-def saved(x):
+def torch_saved(x):
     torch.save(x, buffer := io.BytesIO())
     return buffer.getvalue()
 
@@ -1032,198 +1295,141 @@ DAMAGED = {
     "empty": lambda good: b"",
     "truncated": lambda good: good[: len(good) // 2],
     "garbage": lambda good: np.random.default_rng(0).bytes(5000),
-    "pickle": lambda good: pickle.dumps(Malicious()),
-    "torch": lambda good: saved({"args": Malicious()}),
-    "foreign": lambda good: saved({"state_dict": {}}),
-    "list": lambda good: saved([1, 2]),
+    "malicious pickle": lambda good: pickle.dumps(Malicious()),
+    "malicious": lambda good: torch_saved({"weights": {}, "args": Malicious()}),
+    "foreign": lambda good: torch_saved({"state_dict": {}}),
+    "list": lambda good: torch_saved([1, 2]),
 }
 
 
-def reading(flag, path):
-    """A command that reads the checkpoint at `path` by `flag`."""
-    mode = {"--resume": "joint", "--vae": "adapt", "--policy": "pretrain"}[flag]
-    sizes = TINY if mode == "adapt" else SMALL
-    value = ["--run-name", path.parent.name] if flag == "--resume" else [path, *sizes, "--run-name", "new"]
-    return ["--mode", mode, flag, *value]
-
-
 @pytest.mark.parametrize("damage", DAMAGED)
-@pytest.mark.parametrize("flag", ("--vae", "--policy", "--resume"))
-def test_a_damaged_checkpoint_is_refused(flag, damage, joint_runs, capsys):
-    """A damaged, foreign or malicious checkpoint is named and refused, and nothing in it is executed."""
-    path = Path("runs/old/checkpoint.pt")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(DAMAGED[damage]((joint_runs / "a/checkpoint.pt").read_bytes()))
-    refused(reading(flag, path), capsys, path)
+def test_a_damaged_checkpoint_is_refused(damage, joint_runs):
+    """A damaged, foreign or malicious checkpoint is named, and nothing in it is executed."""
+    Path("bad.pt").write_bytes(DAMAGED[damage]((joint_runs / "a/checkpoint.pt").read_bytes()))
+    with pytest.raises(vae_ppo.UserError, match="bad.pt"):
+        vae_ppo.load_checkpoint("bad.pt")
+    assert os.listdir() == ["bad.pt"]
 
 
-WRONG = [
-    ("iteration", "x"),
-    ("iteration", 1.5),
-    ("global_step", None),
-    ("scores", "abc"),
-    ("scores", [["x"]]),
-]
-WRONG += [("weights", []), ("weights", {}), ("optimizer", 3), ("optimizer", {"state": {}}), ("args", [1])]
-WRONG_ARGS = [("num_envs", "x"), ("num_envs", -1), ("num_envs", [1]), ("num_envs", 10**30), ("gamma", 1.5)]
-WRONG_ARGS += [("latent_dim", 7), ("latent_dim", 10**9), ("env_id", 5), ("mode", 7), ("kappa", math.nan)]
+FLIPS = st.tuples(st.sampled_from(("head", "tail", "all")), st.floats(0, 1), st.integers(0, 7))
 
 
-@pytest.mark.parametrize("key, value", WRONG + WRONG_ARGS)
-def test_a_checkpoint_with_a_wrong_value_is_refused(key, value, joint_runs, capsys):
-    """Resuming a checkpoint with a value of wrong type, shape or size says so, and harms nothing."""
-    checkpoint = load(joint_runs / "a/checkpoint.pt")
-    (checkpoint["args"] if (key, value) in WRONG_ARGS else checkpoint)[key] = value
-    Path("runs/old").mkdir(parents=True)
-    torch.save(checkpoint, "runs/old/checkpoint.pt")
-    refused(reading("--resume", Path("runs/old/checkpoint.pt")), capsys)
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from(("head", "tail", "all")), st.floats(0, 1), st.integers(0, 7))),
-    st.data(),
-)
-def test_no_damage_to_a_checkpoint_gives_a_traceback(joint_runs, flips, data):
+@given(st.lists(FLIPS), st.sampled_from((0, 1, 1000, 10**6)))
+def test_no_damage_to_a_checkpoint_gives_a_traceback(joint_runs, flips, cut):
     """Whatever bits of a checkpoint are flipped and wherever it ends, it is read or refused."""
     good = bytearray((joint_runs / "a/checkpoint.pt").read_bytes())
+    size = len(good)
+    spans = {"head": (0, 9000), "tail": (size - 9000, size), "all": (0, size)}
     for where, place, bit in flips:
-        low, high = {"head": (0, 9000), "tail": (len(good) - 9000, len(good)), "all": (0, len(good))}[where]
-        good[min(int(low + place * (high - low)), len(good) - 1)] ^= 1 << bit
-    length = data.draw(st.sampled_from((len(good), len(good) - 1, len(good) // 2, 100)))
+        low, high = spans[where]
+        good[min(int(low + place * (high - low)), size - 1)] ^= 1 << bit
     path = joint_runs / "fuzzed.pt"
-    path.write_bytes(good[:length])
+    path.write_bytes(good[: size - cut])
     with contextlib.suppress(vae_ppo.UserError), warnings.catch_warnings(action="ignore"):
         vae_ppo.load_checkpoint(path)
 
 
-@pytest.mark.parametrize("flag", ("--vae", "--policy", "--resume"))
-def test_a_missing_checkpoint_is_refused(flag, capsys):
-    """A checkpoint, or a run to resume, that is not there is named."""
-    refused(reading(flag, Path("runs/old/checkpoint.pt")), capsys, "runs/old")
+def reading(flag, path):
+    """A command line that reads the checkpoint runs/old/checkpoint.pt by --resume, or `path`."""
+    if flag == "--resume":
+        return tiny("joint", "--resume --total-timesteps 64", "old")
+    mode = {"--vae": "adapt", "--policy": "pretrain"}[flag]
+    return tiny(mode, f"{flag} {path}", "new")
 
 
-@pytest.mark.parametrize(
-    "flag, change, words",
-    [
-        ("--vae", {}, ["--mode joint", "pretrain"]),
-        ("--vae", {"mode": "pretrain", "env_id": "ALE/Pong-v5"}, ["ALE/Pong-v5", "ALE/Breakout-v5"]),
-        ("--vae", {"mode": "pretrain"}, ["--vae", "fit"]),  # it has another latent_dim
-        ("--policy", {"mode": "pretrain"}, ["--mode pretrain", "joint"]),
-        ("--policy", {"env_id": "ALE/Pong-v5"}, ["ALE/Pong-v5", "ALE/Breakout-v5"]),
-        ("--resume", {"mode": "adapt"}, ["mode", "adapt", "joint"]),
-        ("--resume", {"latent_dim": 9}, ["checkpoint.pt", "fit"]),
-    ],
-)
-def test_a_checkpoint_of_another_kind_is_refused(flag, change, words, joint_runs, capsys):
-    """A checkpoint of another mode, game or size is refused, and the message says which it is of."""
-    path = Path("runs/old/checkpoint.pt")
-    path.parent.mkdir(parents=True)
-    checkpoint = load(joint_runs / "a/checkpoint.pt")
-    checkpoint["args"] |= change
-    torch.save(checkpoint, path)
-    latent = ["--latent-dim", 6] if "fit" in words and flag == "--vae" else []
-    refused([*reading(flag, path), *latent], capsys, *words)
+def keep_changed(source, change):
+    """runs/old/checkpoint.pt, a checkpoint that `change` was applied to."""
+    checkpoint = load(source)
+    change(checkpoint)
+    Path("runs/old").mkdir(parents=True)
+    torch.save(checkpoint, "runs/old/checkpoint.pt")
+    return "runs/old/checkpoint.pt"
 
 
-JOINT, FIXED, PRETRAIN = (["--mode", mode] for mode in ("joint", "fixed", "pretrain"))
-BAD = [
-    ([], ["--mode"]),
-    (["--mode", "both"], ["both", "joint"]),
-    ([*JOINT, "--env-id", "ALE/Breakot-v5"], ["Breakot", "Did you mean: `Breakout`"]),
-    ([*JOINT, "--env-id", "CartPole-v1"], ["CartPole-v1", "ALE/Breakout-v5"]),
-    ([*JOINT, "--env-id", "ALE/Breakout"], ["ALE/Breakout"]),
-    ([*JOINT, "--env-id", "nothing:Breakout-v5"], ["nothing"]),
-    (FIXED, ["--vae"]),
-    (["--mode", "adapt"], ["--vae"]),
-    ([*JOINT, "--vae", "x"], ["--vae", "joint"]),
-    ([*JOINT, "--policy", "x"], ["--policy", "joint"]),
-    ([*FIXED, "--vae", "x", "--policy", "x"], ["--policy", "fixed"]),
-    ([*FIXED, "--vae", "x", "--kappa", "1"], ["--kappa", "fixed"]),
-    ([*PRETRAIN, "--gamma", "1"], ["--gamma", "pretrain"]),
-    ([*JOINT, "--num-frames", "10"], ["--num-frames", "joint"]),
-    ([*JOINT, "--learning-rate", "-1"], ["--learning-rate", "-1"]),
-    ([*JOINT, "--learning-rate", "nan"], ["--learning-rate", "nan"]),
-    ([*JOINT, "--kappa", "inf"], ["--kappa", "inf"]),
-    ([*JOINT, "--gamma", "1.5"], ["--gamma", "1.5"]),
-    ([*JOINT, "--ent-coef", "-0.1"], ["--ent-coef", "-0.1"]),
-    ([*JOINT, "--num-envs", "0"], ["--num-envs", "0"]),
-    ([*JOINT, "--num-envs", "two"], ["--num-envs", "two"]),
-    ([*JOINT, "--seed", "-1"], ["--seed", "-1"]),
-    ([*JOINT, "--seed", "9999999999"], ["--seed", "9999999999"]),
-    ([*JOINT, "--num-steps", "100"], ["--segment-length", "100"]),
-    ([*JOINT, "--num-minibatches", "7"], ["--num-minibatches", "64"]),
-    ([*JOINT, "--total-timesteps", "2047"], ["--total-timesteps", "2048"]),
-    ([*JOINT, "--frames", "1"], ["--frames"]),
-    ([*JOINT, "--resume"], ["--resume"]),
-    ([*TINY_JOINT, "--runs-dir", "file"], ["file"]),
-    ([*TINY_JOINT, "--runs-dir", "file/below"], ["file"]),
+OTHER_KINDS = [
+    ("--vae", {}, ["mode joint", "pretrain"]),
+    ("--vae", {"mode": "pretrain", "env_id": "ALE/Pong-v5"}, ["ALE/Pong-v5", "ALE/Breakout-v5"]),
+    ("--vae", {"mode": "pretrain", "latent_dim": 9}, ["latent_dim 9", "20"]),
+    ("--policy", {"mode": "pretrain"}, ["pretrain"]),
+    ("--policy", {"env_id": "ALE/Pong-v5"}, ["ALE/Pong-v5", "ALE/Breakout-v5"]),
+    ("--resume", {"mode": "adapt"}, ["mode adapt", "joint"]),
+    ("--resume", {"latent_dim": 9}, ["latent_dim 9", "20"]),
+    ("--resume", {"seed": 9}, ["seed 9", "1"]),
+    ("--resume", {"gamma": 0.5}, ["gamma 0.5", "0.99"]),
 ]
 
 
-@pytest.mark.parametrize("argv, words", BAD, ids=[" ".join(argv)[:60] for argv, _ in BAD])
-def test_bad_input_is_refused(argv, words, capsys):
-    """What makes no sense ends with exit code 2 and one sentence that names it."""
-    Path("file").write_text("a regular file")
-    refused(argv, capsys, *words)
+@pytest.mark.parametrize("flag, settings, words", OTHER_KINDS)
+def test_a_checkpoint_of_other_settings_is_refused(flag, settings, words, joint_runs, capsys):
+    """A checkpoint of another mode, game, size or setting is refused, which it names."""
+    path = keep_changed(joint_runs / "a", lambda saved: saved["args"].update(settings))
+    refused(reading(flag, path), capsys, path, *words)
 
 
-def test_compile_without_a_compiler_is_refused(monkeypatch, capsys):
-    """--compile says which compiler is missing."""
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    refused([*JOINT, "--compile"], capsys, "--compile", "g++")
+@pytest.mark.parametrize("number", (math.nan, math.inf))
+@pytest.mark.parametrize("flag", ("--resume", "--vae", "--policy"))
+def test_weights_that_are_not_finite_are_refused(flag, number, joint_runs, vae_run, capsys):
+    """A checkpoint with a weight that is NaN or infinite is refused before it is used."""
+
+    def change(saved):
+        saved["weights"]["mu.bias"][0] = number
+
+    path = keep_changed(vae_run if flag == "--vae" else joint_runs / "a", change)
+    refused(reading(flag, path), capsys, path, "mu.bias is not finite")
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        ([], ["runs/a exists", "--resume"]),
-        (["--resume", "--latent-dim", "9"], ["latent", "20", "9"]),
-        (["--resume", "--seed", "9"], ["seed", "1", "9"]),
-    ],
-)
-def test_an_existing_run_is_kept(argv, words, joint_runs, capsys):
-    """An existing run is neither overwritten nor resumed with another setting, which is named."""
-    Path("runs/a").mkdir(parents=True)
-    Path("runs/a/checkpoint.pt").write_bytes((joint_runs / "a/checkpoint.pt").read_bytes())
-    refused([*JOINT, "--run-name", "a", *argv], capsys, *words)
+@pytest.mark.parametrize("flag", ("--vae", "--policy"))
+def test_a_missing_checkpoint_is_refused(flag, capsys):
+    """A checkpoint that is not there is named, and the failed start leaves no folder."""
+    refused(reading(flag, "runs/old/checkpoint.pt"), capsys, "runs/old/checkpoint.pt")
 
 
-FLAGS = [option for action in vae_ppo.build_parser()._actions for option in action.option_strings]
-VALUES = st.sampled_from("-1 0 1 2 3 16 0.5 1e999 nan -inf joint pretrain fixed ALE/Pong-v5 x. --".split())
+def test_an_existing_run_is_kept(joint_runs, capsys):
+    """A run is never overwritten: start again with --resume, or by another name."""
+    shutil.copytree(joint_runs / "a", "runs/r")
+    refused(tiny("joint"), capsys, "runs/r exists", "--resume", "--run-name")
 
 
-@given(st.lists(st.one_of(st.sampled_from(FLAGS), VALUES, st.text(max_size=8)), max_size=6), st.booleans())
-def test_any_command_line_is_read_or_refused(words, joint):
-    """Whatever the command line, parse_args returns a Namespace, raises UserError, or has shown the help."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        try:
-            args = vae_ppo.parse_args(JOINT * joint + words)
-            assert isinstance(args, argparse.Namespace) and args.num_envs >= 1 and 0 <= args.gamma <= 1
-        except vae_ppo.UserError as error:
-            assert str(error)
-        except SystemExit as stop:
-            assert stop.code == 0 and "--kappa" in out.getvalue()
+def test_a_metric_that_the_first_row_lacks_is_an_error(tmp_path):
+    """A metric that has no column in metrics.csv is an error, not a silent gap."""
+    log = vae_ppo.Log(tmp_path, 0, 0, 100)
+    log.write({"losses/a": 1.0}, 10, [])
+    with pytest.raises(ValueError, match="losses/b"):
+        log.write({"losses/a": 1.0, "losses/b": 2.0}, 20, [])
+    size = log.file.tell()
+    del log  # gives its lock back
+    log = vae_ppo.Log(tmp_path, size, 10, 100)  # as a resumed run's
+    with pytest.raises(ValueError, match="losses/b"):
+        log.write({"losses/a": 1.0, "losses/b": 2.0}, 20, [])
+
+
+def test_a_new_metric_of_a_loss_is_logged(monkeypatch):
+    """A number that a loss adds to its metrics is a column of metrics.csv, with nothing else."""
+    real = vae_ppo.ppo_loss
+
+    def ppo_loss(*inputs):
+        loss, metrics = real(*inputs)
+        return loss, {**metrics, "losses/new": torch.tensor(0.5)}
+
+    monkeypatch.setattr(vae_ppo, "ppo_loss", ppo_loss)
+    assert run_main(tiny("joint")) == 0
+    assert [row["losses/new"] for row in rows_of("runs/r")] == ["0.5"]
 
 
 # ---- README ----
 def commands():
-    """The arguments of every call of vae_ppo.py in the README's code blocks and in the script's docstring."""
-    blocks = re.findall(r"^```.*?\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    """The arguments of each call in the README's code blocks and in the script's docstring."""
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "\n".join([*blocks, vae_ppo.__doc__]).replace("\\\n", " ").splitlines()
-    calls = (re.split("vae_ppo.py (?=-)", line)[-1] for line in lines if "vae_ppo.py -" in line)
+    calls = [line.split("vae_ppo.py ", 1)[1] for line in lines if "vae_ppo.py -" in line]
     return [shlex.split(re.split("&&|;", call)[0], comments=True) for call in calls]
 
 
-def test_readme_commands_parse():
-    """Every command of the README and of the script's docstring is one that the script takes."""
-    modes = {vae_ppo.build_parser().parse_args(argv).mode for argv in commands()}
-    assert modes == {"pretrain", "fixed", "adapt", "joint"}
-
-
-def test_readme_map_names_the_right_lines():
-    """Each row of the README's map of the file names a section's first line and its last."""
-    script = (HERE / "vae_ppo.py").read_text().splitlines()
-    rows = re.findall(r"^\| (.+?) \| (\d+)-(\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE)
-    starts = [i for i, line in enumerate(script, 1) if line.startswith("# ---- ")]
-    assert [(f"# ---- {name} ----", int(a)) for name, a, _ in rows] == [(script[i - 1], i) for i in starts]
-    assert [int(b) for *_, b in rows] == [i - 3 for i in starts[1:]] + [len(script)]
+def test_every_command_is_read_and_finds_what_another_left():
+    """Every command of the README and of the script's docstring is one that the script takes, and
+    each checkpoint that it names is that of a run that another command makes."""
+    runs = [vae_ppo.parse_args(argv) for argv in commands()]
+    left = {f"{run.runs_dir}/{run.run_name}/checkpoint.pt" for run in runs}
+    assert {run.mode for run in runs} == set(TRAINED)
+    assert {run.vae or run.policy for run in runs} <= {"", *left}
