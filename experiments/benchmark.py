@@ -1,35 +1,70 @@
-"""Steps per second of everything that plays Breakout here, measured in turn in one run.
+"""How fast, and why: everything that plays Breakout here, measured in turn. Nothing else may run.
 
     pip install stable-baselines3==2.9.2
-    python -m experiments.benchmark --repetitions 5 > experiments/benchmark.md
+    python -m experiments.benchmark speed > experiments/benchmark.md
+    python -m experiments.benchmark scaling > experiments/scaling.md
+    python -m experiments.benchmark memory > experiments/memory.md
+    python -m experiments.benchmark operators > experiments/operators.md
 
-Each contender lives in a process of its own and waits for its turn, so a drift of the machine's speed meets
-all of them. A repetition is one iteration: a rollout and all its updates, without the KL stop. Prints a
-Markdown table: median steps/s, its ratio to the emulator alone, seconds of rollout and update, peak memory.
-Nothing else may run meanwhile.
+speed, scaling: median of the steps/s of one iteration (a rollout and all its updates) without the
+KL stop, for each contender or size. They take turns, in a new process each time, so that a drift of
+the machine's speed meets all. memory: of the script, over many short iterations. operators: where
+the time of a rollout and of an update of adapt goes. All print Markdown.
 """
 
 import argparse
-import math
 import multiprocessing
 import os
 import platform
-import statistics
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 import vae_ppo
-from experiments.decoders import agent_with, mirrored
+from experiments import guarded
+from vae_ppo import layer_init
 
-FLAGS = "--target-kl 0 --run-name unused --total-timesteps 1000000"
+SIZES = {
+    "num-envs": (8, 16, 32, 64, 128, 256),
+    "num-stack": (1, 2, 4, 8),
+    "latent-dim": (5, 20, 80),
+}
+SMALL = "--num-envs 2 --num-steps 8 --segment-length 8 --num-minibatches 2 --update-epochs 1"
 
 
-def make_args(mode, more=""):
-    vae = " --vae unused" if mode in vae_ppo.ONLY_IN["vae"] else ""
-    return vae_ppo.parse_args(f"--mode {mode} {FLAGS}{vae} {more}".split())
+def make_args(mode, flags):
+    vae = "" if "decoder" in vae_ppo.MODES[mode][0] else "--vae unused"
+    command = f"--mode {mode} --target-kl 0 --run-name unused --resume {vae} {flags}"
+    return vae_ppo.parse_args(command.split())
+
+
+def start_games(args):
+    return vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.reseed(args, 0, 0))
+
+
+def set_up(mode, flags, network=vae_ppo.Agent):
+    """What `vae_ppo.train` makes before its loop."""
+    args = make_args(mode, flags)
+    device, _, _ = vae_ppo.start_process(args)
+    games = start_games(args)
+    num_actions = int(games.envs.single_action_space.n)
+    agent = network(num_actions, args.latent_dim, args.num_stack).to(device)
+    if args.compile:
+        for part in agent.children():
+            part.compile()
+    networks, _ = vae_ppo.MODES[mode]
+    parameters = [p for name in networks for p in getattr(agent, name).parameters()]
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    buffer = vae_ppo.Buffer(agent, args.num_steps, args.num_envs, device)
+    return args, agent, optimizer, games, buffer
 
 
 def clock():
@@ -38,263 +73,239 @@ def clock():
     return time.perf_counter()
 
 
-def emulator(more):
-    """The vector environment alone, uniformly random actions."""
-    args = make_args("joint", more)
-    envs, fire = vae_ppo.make_envs(args)
-    games = vae_ppo.Games(envs, fire, vae_ppo.reseed(args, 0, 0))
+# ---- Contenders: each returns a function that makes an iteration: steps, and two times ----
+def emulator(flags):
+    """The vector environment alone, actions uniformly at random."""
+    args = make_args("joint", flags)
+    games = start_games(args)
     rng = np.random.default_rng(0)
 
-    def repetition():
+    def iteration():
         start = clock()
         for _ in range(args.num_steps):
-            games.step(rng.integers(0, envs.single_action_space.n, args.num_envs))
+            games.step(rng.integers(0, games.envs.single_action_space.n, args.num_envs))
         return args.num_steps * args.num_envs, clock() - start, 0.0
 
-    return repetition
+    return iteration
 
 
-def ours(mode, more, decoder=None):
-    """One iteration of fixed, adapt or joint, as `vae_ppo.train` runs it."""
-    args = make_args(mode, more)
-    device, _, _ = vae_ppo.start_process(args)
-    envs, fire = vae_ppo.make_envs(args)
-    num_actions = int(envs.single_action_space.n)
-    agent = agent_with(decoder, num_actions, args.latent_dim, args.num_stack).to(device)
-    minibatch_loss = vae_ppo.minibatch_loss
-    if args.compile:
-        agent.encode, agent.policy, minibatch_loss = map(
-            torch.compile, (agent.encode, agent.policy, minibatch_loss)
-        )
-    parameters = vae_ppo.trainable_parameters(agent, mode)
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    games = vae_ppo.Games(envs, fire, vae_ppo.reseed(args, 0, 0))
-    ro = vae_ppo.Rollout(agent, args.num_steps, args.num_envs, device)
+def ours(mode, flags, network=vae_ppo.Agent):
+    """fixed, adapt or joint, as `vae_ppo.train` runs it."""
+    args, agent, optimizer, games, buffer = set_up(mode, flags, network)
 
-    def repetition():
+    def iteration():
         start = clock()
-        vae_ppo.rollout(agent, games, ro)
+        vae_ppo.rollout(agent, games, buffer)
         middle = clock()
-        vae_ppo.update(agent, optimizer, ro, args, minibatch_loss)
+        vae_ppo.update(agent, optimizer, buffer, args)
         return args.num_steps * args.num_envs, middle - start, clock() - middle
 
-    return repetition
+    return iteration
 
 
-def naive_loss(agent, stacks, mb, args):
-    """Joint's loss the plain way: encode and decode all of stacks (B, num_stack, 84, 84)."""
-    mu, logvar = agent.encode(stacks.flatten(0, 1))
-    log_probs, value = agent.policy(mu.unflatten(0, stacks.shape[:2]).flatten(1))
-    loss, metrics = vae_ppo.ppo_loss(log_probs, value, mb, args)
-    recon, kl = vae_ppo.vae_loss(agent, mu, logvar, stacks.flatten(0, 1))
-    return args.kappa * loss + recon + args.beta * kl, metrics
+def naive_loss(agent, buffer, mb, args):
+    """Joint's loss the plain way: encode and decode all the num_stack frames of each sample."""
+    frames = buffer.frames[mb["rows"]]
+    game = torch.arange(frames.shape[1], device=frames.device)[:, None]
+    stacks = frames[mb["stack"], game]  # (L, B, num_stack, 84, 84)
+    mu, logvar = agent.encode(stacks)
+    logits, value = agent.policy(mu.flatten(-2))
+    l_ppo, metrics = vae_ppo.ppo_loss(logits, value, mb, args)
+    flat = [x.flatten(0, 2) for x in (mu, logvar, stacks)]
+    l_vae, _ = vae_ppo.vae_loss(agent.decoder, *flat, args.beta)
+    return args.kappa * l_ppo + l_vae, metrics
 
 
-def naive(more, decoder=None):
-    """Joint as first written down: gymnasium's vector environment of stacks, random minibatches of stacks."""
-    import gymnasium as gym
-    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+def naive(network, flags):
+    """Joint as first written down: minibatches of single steps, each of them a stack of frames. The
+    rollout is ours, since what the plain way costs is the update."""
+    vae_ppo.minibatch_loss = naive_loss
+    return ours("joint", f"{flags} --segment-length 1", network)
 
-    args = make_args("joint", more)
-    T, N, S = args.num_steps, args.num_envs, args.num_stack
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def make():
-        env = gym.make(args.env_id, frameskip=1, repeat_action_probability=0.0)
-        return FrameStackObservation(AtariPreprocessing(env, terminal_on_life_loss=True), S)
+def with_relu(*layers):
+    return [part for layer in layers for part in (layer_init(layer), nn.ReLU())]
 
-    envs = gym.vector.AsyncVectorEnv([make] * N)
-    agent = agent_with(decoder, int(envs.single_action_space.n), args.latent_dim, S).to(device)
-    parameters = vae_ppo.trainable_parameters(agent, "joint")
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
-    stacks = torch.zeros(T + 1, N, S, 84, 84, dtype=torch.uint8, device=device)
-    stacks[T] = torch.from_numpy(envs.reset(seed=1)[0])
 
-    def repetition():
-        start = clock()
-        stacks[0] = stacks[T]
-        rows = {k: [] for k in ("actions", "log_probs", "values", "rewards", "done")}
-        with torch.no_grad():
-            for t in range(T + 1):
-                features = agent.encode(stacks[t].flatten(0, 1))[0].unflatten(0, (N, S)).flatten(1)
-                log_probs, values = agent.policy(features)
-                rows["values"].append(values)
-                if t == T:
-                    break
-                actions = torch.multinomial(log_probs.exp(), 1).squeeze(1)
-                obs, reward, terminated, truncated, _ = envs.step(actions.cpu().numpy())
-                stacks[t + 1] = torch.from_numpy(obs)
-                done = torch.from_numpy(terminated | truncated).float()
-                step = (actions, log_probs, torch.from_numpy(np.sign(reward)).float(), done)
-                for key, x in zip(("actions", "log_probs", "rewards", "done"), step, strict=True):
-                    rows[key].append(x.to(device))
-        rows = {k: torch.stack(v) for k, v in rows.items()}
-        middle = clock()
-        advantages, returns = vae_ppo.gae(
-            rows["rewards"], rows["values"], rows["done"], rows["done"], args.gamma, args.gae_lambda
+class MirroredAgent(vae_ppo.Agent):
+    """The Nature CNN, and its mirror image in transposed convolutions as decoder."""
+
+    def __init__(self, num_actions, latent_dim, num_stack):
+        super().__init__(num_actions, latent_dim, num_stack)
+        down = (nn.Conv2d(1, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3))
+        up = (nn.ConvTranspose2d(64, 64, 3), nn.ConvTranspose2d(64, 32, 4, 2))
+        self.encoder = nn.Sequential(
+            *with_relu(*down), nn.Flatten(), *with_relu(nn.Linear(64 * 7 * 7, 512))
         )
-        data = {"actions": rows["actions"], "log_probs": rows["log_probs"], "values": rows["values"][:T]}
-        data |= {"advantages": advantages, "returns": returns, "valid": torch.ones_like(returns)}
-        data, flat = {k: v.flatten(0, 1) for k, v in data.items()}, stacks[:T].flatten(0, 1)
-        for _ in range(args.update_epochs):
-            for index in torch.randperm(T * N, device=flat.device).chunk(args.num_minibatches):
-                mb = {k: v[index] for k, v in data.items()}
-                loss, _ = naive_loss(agent, flat[index], mb, args)
-                vae_ppo.apply_gradient(optimizer, loss, args.max_grad_norm)
-        return T * N, middle - start, clock() - middle
+        self.mu = layer_init(nn.Linear(512, latent_dim), std=1.0)
+        self.logvar = layer_init(nn.Linear(512, latent_dim), std=0.01)
+        self.decoder = nn.Sequential(
+            *with_relu(nn.Linear(latent_dim, 512), nn.Linear(512, 64 * 7 * 7)),
+            nn.Unflatten(1, (64, 7, 7)),
+            *with_relu(*up),
+            layer_init(nn.ConvTranspose2d(32, 1, 8, 4), std=1.0),
+            nn.Flatten(1, 2),
+        )
+        self.to(memory_format=torch.channels_last)
 
-    return repetition
+
+def check_same_loss():
+    """The naive loss is the script's, both without noise. With stacks its VAE part is the same in
+    the mean alone, since the naive one counts a frame as often as it is in a stack."""
+    noise, torch.randn_like = torch.randn_like, torch.zeros_like
+    for num_stack in (1, 4):
+        flags = f"--no-cuda --num-envs 4 --num-steps 32 --num-stack {num_stack} --num-minibatches 1"
+        args, agent, _, games, buffer = set_up("joint", flags)
+        vae_ppo.rollout(agent, games, buffer)
+        mb = next(vae_ppo.minibatches(buffer, *vae_ppo.gae(buffer, 0.99, 0.95), args))
+        loss, metrics = vae_ppo.minibatch_loss(agent, buffer, mb, args)
+        plain_loss, plain_metrics = naive_loss(agent, buffer, mb, args)
+        if num_stack == 1:
+            torch.testing.assert_close(loss, plain_loss, rtol=1e-4, atol=1e-4)
+        for name, x in plain_metrics.items():
+            torch.testing.assert_close(metrics[name], x, rtol=1e-4, atol=1e-4)
+    torch.randn_like = noise
 
 
-def stable_baselines3(more):
-    """Stable-Baselines3's PPO with its usual Atari settings, no VAE: 8 envs x 128 steps, 4 epochs of 256."""
+def stable_baselines3(flags):
+    """Its PPO with its usual Atari settings, no VAE: 8 games x 128 steps, 4 epochs of 256."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack
 
-    envs = make_atari_env("BreakoutNoFrameskip-v4", n_envs=8, seed=1, vec_env_cls=SubprocVecEnv)
-    model = PPO("CnnPolicy", VecFrameStack(envs, 4), n_steps=128, n_epochs=4, batch_size=256, ent_coef=0.01)
+    envs = make_atari_env("BreakoutNoFrameskip-v4", 8, seed=1, vec_env_cls=SubprocVecEnv)
+    settings = {"n_steps": 128, "n_epochs": 4, "batch_size": 256, "ent_coef": 0.01}
+    model = PPO("CnnPolicy", VecFrameStack(envs, 4), **settings)
 
-    def repetition():
+    def iteration():
         start = clock()
         model.learn(1024, reset_num_timesteps=False)  # one rollout and its update
         return 1024, clock() - start, 0.0
 
-    return repetition
+    return iteration
 
 
-CONTENDERS = {
-    "emulator alone (`AtariVectorEnv`)": emulator,
-    "fixed": lambda more: ours("fixed", more),
-    "adapt": lambda more: ours("adapt", more),
-    "joint": lambda more: ours("joint", more),
-    "naive joint, same networks": naive,
-    "naive joint, mirrored decoder": lambda more: naive(more, mirrored),
-    "Stable-Baselines3 PPO (no VAE)": stable_baselines3,
+CONTENDERS = {  # function, and its arguments before the flags
+    "emulator alone (`AtariVectorEnv`)": (emulator,),
+    "fixed": (ours, "fixed"),
+    "adapt": (ours, "adapt"),
+    "joint": (ours, "joint"),
+    "naive joint, same networks": (naive, vae_ppo.Agent),
+    "naive joint, Nature CNN and its mirror image": (naive, MirroredAgent),
+    "Stable-Baselines3 PPO (no VAE)": (stable_baselines3,),
 }
 
 
-def check_same_loss():
-    """The naive loss of a batch equals the script's, where both are told the same noise: none."""
-    args = make_args("joint", "--num-envs 4 --num-steps 32 --num-minibatches 1")
-    agent = agent_with(None)
-    envs, fire = vae_ppo.make_envs(args)
-    ro = vae_ppo.Rollout(agent, args.num_steps, args.num_envs, torch.device("cpu"))
-    vae_ppo.rollout(agent, vae_ppo.Games(envs, fire, vae_ppo.reseed(args, 0, 0)), ro)
-    envs.close()
-    advantages, returns = vae_ppo.gae(
-        ro.rewards, ro.values, ro.terminated, ro.done, args.gamma, args.gae_lambda
-    )
-    mb = next(vae_ppo.minibatches(ro, advantages, returns, args))
-    segments = torch.arange(len(mb["frames"]))[:, None, None]
-    stacks = mb["frames"][segments, mb["stack"]].flatten(0, 1)
-    flat = {k: v.flatten(0, 1) for k, v in mb.items()}
-    noise, torch.randn_like = torch.randn_like, torch.zeros_like
-    try:
-        ours_ppo = vae_ppo.minibatch_loss(agent, mb, args)[1]
-        ours_newest = ours_ppo["vae/recon_loss"] + ours_ppo["vae/kl"]
-        naive_ppo = naive_loss(agent, stacks, flat, args)[1]
-        naive_newest = sum(vae_ppo.vae_loss(agent, *agent.encode(stacks[:, -1]), stacks[:, -1]))
-    finally:
-        torch.randn_like = noise
-    for key in naive_ppo:
-        torch.testing.assert_close(ours_ppo[key], naive_ppo[key], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours_newest, naive_newest, rtol=1e-4, atol=1e-3)
+# ---- Measuring ----
+def memory_of(pid, kind):
+    """MiB of a process and its children. VmHWM: their peaks; VmRSS: now (Linux)."""
+    status = Path(f"/proc/{pid}/status")
+    text = status.read_text() if status.exists() else ""
+    if kind not in text:
+        return 0
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    own = int(text.split(f"{kind}:")[1].split()[0]) / 1024
+    return own + sum(memory_of(child, kind) for child in children)
 
 
-def peak_memory(pid):
-    """Peak resident memory of a process and of its children, MiB (Linux; nan elsewhere)."""
-    try:
-        status = open(f"/proc/{pid}/status").read()
-        children = open(f"/proc/{pid}/task/{pid}/children").read().split()
-    except OSError:
-        return math.nan
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024 + sum(map(peak_memory, children))
+def measure(contender, flags):
+    """Steps/s, seconds of rollout and update, peak MiB of this process and of the GPU."""
+    function, *inputs = CONTENDERS[contender]
+    iteration = function(*inputs, flags)
+    iteration()  # warms up
+    steps, rollout, update = iteration()
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
+    return steps / (rollout + update), rollout, update, memory_of(os.getpid(), "VmHWM"), gpu
 
 
-def serve(name, more, pipe):
-    """A contender's process: one repetition per message. Answers steps, two times, two peak memories."""
-    try:
-        repetition = CONTENDERS[name](more)
-    except (ImportError, vae_ppo.UserError) as error:
-        pipe.send(str(error))
-        return
-    pipe.send(None)
-    while pipe.recv():
-        steps, rollout, update = repetition()
-        gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
-        pipe.send((steps, rollout, update, peak_memory(os.getpid()), gpu))
+def print_table(jobs, repetitions):
+    """Measure jobs {label: (contender, flags)} in turn, and print a row for each."""
+    seen = {label: [] for label in jobs}
+    for _ in range(repetitions):
+        for label, job in jobs.items():
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                seen[label].append(process.submit(measure, *job).result())
+    print("\n| | steps/s | lowest - highest | rollout s | update s | peak MiB | GPU MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for label, answers in seen.items():
+        speed, rollout, update, memory, gpu = np.median(answers, axis=0)
+        lowest, highest = min(answers)[0], max(answers)[0]
+        print(f"| {label} | {speed:.0f} | {lowest:.0f} - {highest:.0f} | {rollout:.2f} ", end="")
+        print(f"| {update:.2f} | {memory:.0f} | {gpu:.0f} |", flush=True)
+
+
+def speed(own):
+    check_same_loss()
+    names = [n for n in CONTENDERS if not own.only or any(part in n for part in own.only)]
+    print_table({name: (name, own.flags) for name in names}, own.repetitions)
+
+
+def scaling(own):
+    """joint with more games, stacked frames, latents; 32 steps, so that 256 games take seconds."""
+    for flag, sizes in SIZES.items():
+        flags = f"--num-steps 32 --segment-length 16 {own.flags} --{flag}"
+        print_table({f"`--{flag} {n}`": ("joint", f"{flags} {n}") for n in sizes}, own.repetitions)
+
+
+def memory(own):
+    """Resident memory of the script while it runs (Linux)."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--mode joint {SMALL} --target-kl 0 --total-timesteps {16 * own.iterations}"
+        flags += f" --runs-dir {folder} --run-name memory {own.flags}"
+        process = subprocess.Popen([sys.executable, vae_ppo.__file__, *flags.split()], stdout=2)
+        samples = []
+        while process.poll() is None:
+            time.sleep(1)
+            metrics = Path(folder, "memory/metrics.csv")
+            mib = memory_of(process.pid, "VmRSS")
+            if metrics.exists() and mib > 0:
+                samples.append((metrics.read_text().count("\n") - 1, mib))
+    print(f"\n`{flags}`\n\n| iteration | resident MiB |\n|---|---|")
+    for iteration, mib in samples[:: max(1, len(samples) // 20)]:
+        print(f"| {iteration} | {mib:.0f} |")
+    return process.returncode
+
+
+def operators(own):
+    """The time of torch's operators in a rollout and in an update of adapt."""
+    from torch.profiler import profile
+
+    args, agent, optimizer, games, buffer = set_up("adapt", own.flags)
+    for work, inputs in (
+        (vae_ppo.rollout, (agent, games, buffer)),
+        (vae_ppo.update, (agent, optimizer, buffer, args)),
+    ):
+        work(*inputs)  # warms up
+        start = clock()
+        with profile() as profiler:
+            work(*inputs)
+        whole = clock() - start
+        print(f"\n{work.__name__}: {whole:.2f} s, of which in operators\n")
+        print("| operator | s | share |\n|---|---|---|")
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        for event in events[:12]:
+            seconds = event.self_cpu_time_total / 1e6
+            print(f"| `{event.key}` | {seconds:.3f} | {seconds / whole:.0%} |")
 
 
 def machine():
-    model = platform.processor() or "unknown processor"
-    if os.path.exists("/proc/cpuinfo"):
-        lines = open("/proc/cpuinfo").read().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    software = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{os.cpu_count()} cores of {model}{gpu}; {software}"
-
-
-def measure(jobs, repetitions):
-    """Run jobs {label: (contender, flags)} in turn. Returns {label: [answer of `serve`, ...]}."""
-    spawn, workers = multiprocessing.get_context("spawn"), {}
-    for label, (name, flags) in jobs.items():
-        pipe, theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(name, flags, theirs))
-        process.start()
-        failed = pipe.recv()
-        if failed:
-            print(f"{label}: not run, {failed}", file=sys.stderr)
-        else:
-            workers[label] = (process, pipe)
-    seen = {label: [] for label in workers}
-    for repetition in range(repetitions + 1):  # the first warms up
-        for label, (_, pipe) in workers.items():
-            pipe.send(True)
-            answer = pipe.recv()
-            print(f"{repetition} {label}: {answer[0] / (answer[1] + answer[2]):.0f} steps/s", file=sys.stderr)
-            if repetition:
-                seen[label].append(answer)
-    for process, pipe in workers.values():
-        pipe.send(False)
-        process.join()
-    return seen
-
-
-def print_table(seen):
-    print(
-        "| | steps/s, median | lowest - highest | / first row | rollout s | update s | peak MiB | GPU MiB |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    base = None
-    for name, rows in seen.items():
-        speeds = sorted(r[0] / (r[1] + r[2]) for r in rows)
-        median = statistics.median(speeds)
-        base = base or median
-        rollout, update = (statistics.median(r[i] for r in rows) for i in (1, 2))
-        memory, gpu = (max(r[i] for r in rows) for i in (3, 4))
-        print(
-            f"| {name} | {median:.0f} | {speeds[0]:.0f} - {speeds[-1]:.0f} | {median / base:.2f} "
-            f"| {rollout:.2f} | {update:.2f} | {memory:.0f} | {gpu:.0f} |"
-        )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cpu = f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}"
+    return f"{cpu}, {gpu}; Python {platform.python_version()}, torch {torch.__version__}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--only", nargs="*", help="contenders whose name contains one of these")
-    parser.add_argument("--flags", default="", help="flags for the script, as one string: '--num-envs 8'")
-    args = parser.parse_args()
-    check_same_loss()
-    names = [name for name in CONTENDERS if not args.only or any(part in name for part in args.only)]
-    seen = measure({name: (name, args.flags) for name in names}, args.repetitions)
-    command = f"python -m experiments.benchmark --repetitions {args.repetitions}"
-    command += f" --only {' '.join(args.only or [])}" * bool(args.only)
-    command += f" --flags '{args.flags}'" * bool(args.flags)
-    print(f"Made by `{command}`: {machine()}.\n")
-    print_table(seen)
+    commands = {function.__name__: function for function in (speed, scaling, memory, operators)}
+    parser.add_argument("what", choices=commands)
+    parser.add_argument("--repetitions", type=int, default=5, help="speed, scaling")
+    parser.add_argument("--only", nargs="+", help="contenders with one of these in the name; speed")
+    parser.add_argument("--iterations", type=int, default=10_000, help="memory")
+    parser.add_argument("--flags", default="", help="for the script: --flags='--num-envs 8'")
+    own = parser.parse_args()
+    print(f"Made by `python -m experiments.benchmark {shlex.join(sys.argv[1:])}`: {machine()}.")
+    return guarded(commands[own.what], own)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,222 +1,293 @@
-"""Play whole games with a checkpoint's policy, and show what it sees: the paper's Fig. 1 and Fig. 4.
+"""What a checkpoint has learnt: whole games, the paper's Fig. 1 and Fig. 4, the ball in mu.
 
     pip install matplotlib==3.11.2
-    python -m experiments.evaluate runs/Breakout-joint-kappa20-seed1/checkpoint.pt --episodes 30
+    python -m experiments.evaluate play runs/Breakout-adapt-10M-seed1/checkpoint.pt
+    python -m experiments.evaluate probe runs/Breakout-adapt-10M-seed1/checkpoint*.pt \\
+        --policy runs/policy-for-data/checkpoint.pt > experiments/results/probe.csv
 
-Prints the scores' statistics. Writes eval.json, episode.webm (the first minute of the game of the median
-score), reconstruction.png and jacobian.png beside the checkpoint or into --out. A pretrain checkpoint has no
-policy: chance plays, or the policy of another checkpoint (--policy), and there is no jacobian.png.
+play: the scores' statistics, eval.json, and of one more game episode.gif, reconstruction.png
+(Fig. 1) and jacobian.png (Fig. 4), beside the checkpoint or in --out. A pretrain checkpoint has no
+policy: chance plays, or --policy, and there is no jacobian.png.
+
+probe: fits an MLP from one frame's mu to the place of Breakout's ball, for each checkpoint and the
+weights that its run began with. One policy plays 20 games at once and all see its frames: 12 games
+to learn from, 4 to stop by, 4 to test on. Paddle, bricks and score tell of the ball, too: r2_erased
+is of an MLP for the same frames without the ball. near_ball is the share of |dV/dx| within 5 pixels
+of the ball, area that of the picture. Prints a CSV.
 """
 
 import argparse
+import csv
 import json
 import sys
-import zlib
 from pathlib import Path
 
-import cv2
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
+import torch.nn.functional as F
 
 import vae_ppo
-from vae_ppo import UserError, number
+from experiments import guarded
+from vae_ppo import UserError
 
-FPS, SECONDS = 15, 60  # of 60 frames a second a step takes 4: as fast as the game
-
-
-def load(path):
-    """A checkpoint of any mode. Returns its dict, its arguments and its agent."""
-    checkpoint = vae_ppo.load_checkpoint(path)
-    agent = vae_ppo.Agent(len(checkpoint["weights"]["actor.bias"]), *checkpoint["sizes"])
-    vae_ppo.load_state(agent, checkpoint["weights"], path)
-    if checkpoint["args"]["mode"] == "pretrain":
-        nn.init.zeros_(agent.actor.weight)  # equal logits, as in vae_ppo.collect_frames
-    return checkpoint, argparse.Namespace(**checkpoint["args"]), agent
+BREAKOUT = "ALE/Breakout-v5"
 
 
+def load(path, **settings):
+    """A checkpoint of any mode. Returns its steps, its arguments and its agent."""
+    saved = vae_ppo.load_checkpoint(path, **settings)
+    args = argparse.Namespace(**saved["args"])
+    agent = vae_ppo.Agent(len(saved["weights"]["actor.bias"]), args.latent_dim, args.num_stack)
+    try:
+        agent.load_state_dict(saved["weights"])
+    except RuntimeError:
+        raise UserError(f"{path} has the weights of another network than vae_ppo.py's") from None
+    if args.mode == "pretrain":
+        nn.init.zeros_(agent.actor.weight)  # all actions are equally likely
+    return saved["global_step"], args, agent
+
+
+def start_games(args, num_envs, seed, games=vae_ppo.Games):
+    args = argparse.Namespace(**vars(args) | {"num_envs": num_envs, "seed": seed, "env_threads": 0})
+    return games(*vae_ppo.make_envs(args), vae_ppo.reseed(args, 0, 0))
+
+
+def value_jacobian(agent, stacks):
+    """dV/dx of the newest frames of stacks (B, num_stack, 84, 84) uint8, the others constant."""
+    with torch.no_grad():
+        older, _ = agent.encode(stacks[:, :-1])
+    newest = stacks[:, -1].float().requires_grad_()
+    mu, _ = agent.encode(newest)
+    _, value = agent.policy(torch.cat([older, mu[:, None]], dim=1).flatten(1))
+    return torch.autograd.grad(value.sum(), newest)[0]  # (B, 84, 84)
+
+
+def find_balls(frames):
+    """x and y of the ball (B, 2) in frames (B, 84, 84), NaN where it is not between bricks and
+    paddle, where nothing else is. A frame, as the maximum of two, has the ball twice: this is their
+    middle, within 2 pixels of where the emulator's memory has the ball."""
+    field = frames[:, 38:75, 5:79].float()
+    weight = field.sum((1, 2))
+    x = field.sum(1) @ torch.arange(5.0, 79) / weight  # 0 / 0 is NaN
+    y = field.sum(2) @ torch.arange(38.0, 75) / weight
+    balls = torch.stack([x, y], dim=1)
+    balls[(y < 41) | (y > 72)] = torch.nan  # a part of it may be outside
+    return balls
+
+
+# ---- play ----
 class FirstGames(vae_ppo.Games):
-    """Games that keep, of each one's first whole game, the actions as sent, the score, the frames' checksum.
-    Were it the games that end first, wherever they are played, short ones would be too many."""
+    """Games that keep the score of each one's first whole game. Were it those that end first,
+    wherever they are played, short games would be too many."""
 
-    def __init__(self, envs, fire, seeds):
-        super().__init__(envs, fire, seeds)
-        self.seeds, self.playing, self.result = seeds, np.ones(len(seeds), dtype=bool), np.zeros(len(seeds))
-        self.actions, self.checksum = [[] for _ in seeds], [zlib.crc32(frame) for frame in self.frame]
+    result = np.nan  # while it is played
 
     def step(self, action):
-        sent, score, clock = np.where(self.reset_row, self.fire, action), self.score, self.clock
+        score, clock = self.score, self.clock
         answer = super().step(action)
-        for n in np.flatnonzero(self.playing):
-            if self.clock[n] < clock[n]:  # this is a second game's first frame
-                self.playing[n], self.result[n] = False, score[n]
-            else:
-                self.actions[n].append(sent[n])
-                self.checksum[n] = zlib.crc32(self.frame[n], self.checksum[n])
+        over = np.isnan(self.result) & (self.clock < clock)
+        self.result = np.where(over, score, self.result)
         return answer
 
 
-def replay(games, n, steps=None, **picture):
-    """Game n again, from its seed and actions, perhaps as another picture. Returns frames (rows, height,
-    width[, 3]) uint8, and of each the row of its episode's first frame (rows,)."""
-    spec = games.envs.spec
-    envs = gym.make_vec(spec.id, **spec.kwargs | {"num_envs": 1} | picture)
-    frames, first, done = [envs.reset(seed=games.seeds[n : n + 1])[0][0, 0]], [0], False
-    for row, action in enumerate(games.actions[n][:steps], 1):
-        obs, _, terminated, truncated, _ = envs.step(np.array([action]))
-        frames.append(obs[0, 0])
-        first.append(row if done else first[-1])
-        done = terminated[0] or truncated[0]
-    return np.stack(frames), torch.tensor(first)
-
-
 def statistics(scores):
-    """Mean, standard deviation, mean of the middle half, and a bootstrap 95 % interval of the mean."""
-    cut, many = len(scores) // 4, np.random.default_rng(0).choice(scores, (10_000, len(scores)))
-    answer = {"mean": np.mean(scores), "std": np.std(scores)}
-    answer |= {"iqm": np.mean(np.sort(scores)[cut : len(scores) - cut])}
-    answer |= {"interval": np.quantile(many.mean(1), (0.025, 0.975))}
-    return {name: np.round(value, 3).tolist() for name, value in answer.items()}
+    """Mean, standard deviation, interquartile mean, bootstrap 95 % interval of the mean."""
+    cut = len(scores) // 4
+    resampled = np.random.default_rng(0).choice(scores, (10_000, len(scores)))
+    return {
+        "mean": round(np.mean(scores), 3),
+        "std": round(np.std(scores), 3),
+        "iqm": round(np.mean(np.sort(scores)[cut : len(scores) - cut]), 3),
+        "interval": np.quantile(resampled.mean(axis=1), [0.025, 0.975]).round(3).tolist(),
+    }
 
 
 @torch.no_grad()
 def reconstruct(agent, frames):
-    """Frames (B, 84, 84) uint8 -> p(x | mu) of each pixel (B, 84, 84)."""
-    return torch.sigmoid(agent.decoder(agent.encode(torch.from_numpy(frames))[0])).numpy()
+    """p(x | mu) of each pixel of frames (B, 84, 84)."""
+    mu, _ = agent.encode(frames)
+    return torch.sigmoid(agent.decoder(mu))
 
 
-def value_jacobian(agent, stacks):
-    """dV/dx of the newest frames (B, 84, 84) of stacks (B, num_stack, 84, 84) uint8, the others constant."""
-    with torch.no_grad():
-        older = agent.encode(stacks[:, :-1].flatten(0, 1))[0].unflatten(0, (len(stacks), -1))
-    newest = stacks[:, -1].float().requires_grad_()
-    features = torch.cat((older, agent.encode(newest)[0][:, None]), 1).flatten(1)
-    return torch.autograd.grad(agent.policy(features)[1].sum(), newest)[0]
+def in_blue(agent, stacks):
+    """The newest frames (B, 84, 84, 3), blue where |dV/dx| is above its mean."""
+    size = value_jacobian(agent, stacks).abs()
+    mean = size.mean((1, 2), keepdim=True)
+    top = size.flatten(1).quantile(0.995, dim=1)[:, None, None]
+    blue = ((size / top).clamp(max=1) * (size > mean))[..., None]
+    return (1 - blue) * stacks[:, -1, :, :, None] / 255 + blue * torch.tensor([0.1, 0.4, 1.0])
 
 
-def find_balls(frames):
-    """The ball's centre (rows, 2), x and y, or NaN: nothing else is between Breakout's bricks and paddle. A
-    frame, as the maximum of two, has the ball twice: this is their middle."""
-    field = frames[:, 38:75, 5:79].astype(np.float32)
-    x, y, weight = field.sum(1) @ np.arange(5, 79), field.sum(2) @ np.arange(38, 75), field.sum((1, 2))
-    return np.stack((x, y), 1) / np.where(weight, weight, np.nan)[:, None]
+def draw(path, title, rows, balls):
+    """A row for each {label: pictures (columns, 84, 84[, 3]) between 0 and 1}; balls in circles."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle
 
-
-def film(path, labels, *pictures):
-    """Side by side a game (rows, 210, 160, 3) and twice (rows, 84, 84), uint8. Pixels enlarged 4 times make
-    VP8's blocks of 4x4, and so a small file."""
-    places = (0, 256), (272, 336), (624, 336)  # left edge and width
-    canvas = np.full((368, 960, 3), 255, dtype=np.uint8)
-    for (x, _), label in zip(places, labels, strict=True):
-        cv2.putText(canvas, label, (x, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-    # OpenCV says that it does not support this tag, and writes the right one: the film plays in browsers
-    video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"VP80"), FPS, canvas.shape[1::-1])
-    if not video.isOpened():
-        raise UserError(f"{path}: this OpenCV cannot write WebM, pip's opencv-python can")
-    for parts in zip(*pictures, strict=True):
-        for (x, width), part in zip(places, parts, strict=True):
-            part = cv2.resize(part, (width, 336), interpolation=cv2.INTER_NEAREST)
-            canvas[32:, x : x + width] = np.atleast_3d(part)[..., ::-1]  # BGR
-        video.write(canvas)
-    video.release()
-
-
-def draw(path, title, names, pictures, balls):
-    """Pictures (rows, columns, 84, 84[, 3]) in the paper's manner, a circle around each ball (columns, 2)."""
-    rows, columns = pictures.shape[:2]
-    figure = Figure(figsize=(13, 13 * rows / columns), layout="constrained")
-    axes = figure.subplots(rows, columns)
-    for row, name in zip(axes, names, strict=True):
-        row[0].set_ylabel(name)
-    for cell, picture, ball in zip(axes.flat, np.concatenate(pictures), balls, strict=True):
-        cell.imshow(picture, cmap="gray", vmin=0, vmax=pictures.max())
-        cell.add_patch(Circle(ball, 5, fill=False, color="red"))
-        cell.set(xticks=[], yticks=[])
+    figure = Figure(figsize=(13, 0.5 + 13 * len(rows) / len(balls)), layout="constrained")
+    axes = figure.subplots(len(rows), len(balls), squeeze=False)
+    for row, (label, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(label)
+        for cell, picture, ball in zip(row, pictures, balls, strict=True):
+            cell.imshow(picture, cmap="gray", vmin=0, vmax=1)
+            cell.add_patch(Circle(ball, 5, fill=False, color="red"))
+            cell.set(xticks=[], yticks=[])
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
 
 
-def show(folder, title, args, agent, games, n):
-    """Film game n, and picture what the decoder makes of it and where V looks."""
-    frames, first = replay(games, n)
-    if zlib.crc32(frames) != games.checksum[n]:
-        raise UserError("the replayed frames are not those that were played: nothing is drawn")
-    screens, _ = replay(games, n, FPS * SECONDS, grayscale=False, img_height=210, img_width=160)
-    seen = frames[: len(screens)]
-    name = "decoded mu" + " (decoder from before adapt)" * (args.mode == "adapt")
-    decoded = (255 * reconstruct(agent, seen)).astype(np.uint8)
-    film(folder / "episode.webm", ("the game", "what the network sees", name), screens, seen, decoded)
+def film(path, panels):
+    """Pictures (steps, 84, 84, 3) between 0 and 1, side by side, twice as large."""
+    from PIL import Image
 
-    balls = find_balls(frames) if args.env_id == "ALE/Breakout-v5" else np.full((len(frames), 2), np.nan)
-    shown = np.flatnonzero(np.isfinite(balls[:, 0])) if np.isfinite(balls).any() else np.arange(len(frames))
-    rows = shown[np.linspace(0, len(shown) - 1, 6).astype(int)]
-    x, decoded = frames[rows] / 255, reconstruct(agent, frames[rows])
-    pictures = np.stack((x, decoded, abs(x - decoded)))
-    names = "frame", name.replace(" (", "\n("), "absolute error"
-    draw(folder / "reconstruction.png", title, names, pictures, np.tile(balls[rows], (3, 1)))
-    if args.mode == "pretrain":
-        return
-    rows = shown[np.linspace(len(shown) // 2, len(shown) - 1, 8).astype(int)]  # bricks are missing
-    stacks = frames[vae_ppo.stack_index(torch.from_numpy(rows), first[rows], agent.num_stack)]
-    size = value_jacobian(agent, torch.from_numpy(stacks)).abs().numpy()
-    mean, top = size.mean((1, 2), keepdims=True), np.quantile(size, 0.995, (1, 2), keepdims=True)
-    blue = np.where(size > mean, np.clip(size / top, 0, 1), 0)[..., None]
-    pictures = (1 - blue) * frames[rows][..., None] / 255 + blue * np.array([0.1, 0.4, 1.0])
-    pictures, title = pictures.reshape(2, 4, 84, 84, 3), f"{title}: where |dV/dx| is above its mean"
-    draw(folder / "jacobian.png", title, ("", ""), pictures, balls[rows])
+    pictures = (torch.cat(panels, dim=2) * 15).round() * 17  # 16 shades make a small file
+    pictures = [Image.fromarray(x.byte().numpy()) for x in pictures]
+    pictures = [x.resize((2 * x.width, 2 * x.height), Image.Resampling.NEAREST) for x in pictures]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=70, loop=0)
 
 
-def evaluate(own):
-    checkpoint, args, agent = load(own.checkpoint)
-    folder = Path(own.out or Path(own.checkpoint).parent)
+def play(own):
+    """Play --episodes whole games at once, say how they went, and draw another one."""
+    global_step, args, agent = load(own.checkpoints[0])
+    player = load(own.policy, env_id=args.env_id)[2] if own.policy else agent
+    folder = Path(own.out or Path(own.checkpoints[0]).parent)
     folder.mkdir(parents=True, exist_ok=True)
-    args.num_envs, args.seed, args.env_threads = own.episodes, own.seed, 0
-    games = FirstGames(*vae_ppo.make_envs(args), vae_ppo.reseed(args, 0, 0))
-    player = load(own.policy)[2] if own.policy else agent
-    ro = vae_ppo.Rollout(player, 128, own.episodes, torch.device("cpu"))
-    while games.playing.any():  # ale-py ends a game after 27 000 steps at the latest
-        vae_ppo.rollout(player, games, ro)
-    scores, global_step = games.result.tolist(), checkpoint["global_step"]
-    facts = {"mode": args.mode, "game": args.env_id, "global_step": global_step, "policy": own.policy}
-    facts |= {"seed": own.seed, "episodes": own.episodes, "scores": scores} | statistics(scores)
+    games = start_games(args, own.episodes, own.seed, FirstGames)
+    buffer = vae_ppo.Buffer(player, 128, own.episodes, "cpu")
+    while np.isnan(games.result).any():  # ale-py ends a game after 27 000 steps at the latest
+        vae_ppo.rollout(player, games, buffer)
+    facts = {"mode": args.mode, "game": args.env_id, "global_step": global_step}
+    facts |= {"policy": own.policy, "seed": own.seed, "episodes": own.episodes}
+    facts |= {"scores": games.result.tolist()} | statistics(games.result)
     (folder / "eval.json").write_text(json.dumps(facts) + "\n")
-    name = (
-        f"{args.env_id}, {args.mode} after {global_step:,} {'frames' if args.mode == 'pretrain' else 'steps'}"
-    )
-    print(f"{name}: scores of {own.episodes} whole games")
-    print("mean {mean:.2f}, standard deviation {std:.2f}, interquartile mean {iqm:.2f}".format(**facts))
-    print("bootstrap 95 % interval of the mean: {:.2f} to {:.2f}".format(*facts["interval"]))
-    n = int(np.argsort(scores, kind="stable")[(len(scores) - 1) // 2])
-    show(folder, f"{name}, a game of score {scores[n]:g}", args, agent, games, n)
-    print(f"saved eval.json, the film and the pictures in {folder}")
+    unit = "frames" if args.mode == "pretrain" else "steps"
+    title = f"{args.env_id}, {args.mode} after {global_step:,} {unit}"
+    print(f"{title}: scores of {own.episodes} whole games")
+    print("mean {mean}, standard deviation {std}, interquartile mean {iqm}".format(**facts))
+    print("bootstrap 95 % interval of the mean: {} to {}".format(*facts["interval"]))
+
+    buffer = vae_ppo.Buffer(player, 2000, 1, "cpu")
+    vae_ppo.rollout(player, start_games(args, 1, own.seed + 1), buffer)
+    stacks = buffer.frames[buffer.stack[:-1, 0], 0]  # (2000, num_stack, 84, 84)
+    frames = stacks[:, -1]
+    balls = find_balls(frames)
+    if args.env_id != BREAKOUT:
+        balls[:] = torch.nan
+    t = torch.arange(len(frames)) if balls.isnan().all() else balls[:, 0].isfinite().nonzero()[:, 0]
+    t = t[torch.linspace(0, len(t) - 1, 6).long()]  # six in which there is a ball
+    decoded = reconstruct(agent, frames[t])
+    name = "decoded mu" if args.mode != "adapt" else "decoded mu\n(decoder from before adapt)"
+    rows = {"frame": frames[t] / 255, name: decoded, "error": (frames[t] / 255 - decoded).abs()}
+    draw(folder / "reconstruction.png", title, rows, balls[t])
+    filmed = slice(0, 256)  # 18 seconds, less than 2 MB
+    panels = [frames[filmed] / 255, reconstruct(agent, frames[filmed])]
+    panels = [x[..., None].expand(*x.shape, 3) for x in panels]
+    if args.mode != "pretrain":
+        blue = {"in blue: |dV/dx|\nabove its mean": in_blue(agent, stacks[t])}
+        draw(folder / "jacobian.png", title, blue, balls[t])
+        panels.append(in_blue(agent, stacks[filmed]))
+    film(folder / "episode.gif", panels)
+    print(f"eval.json, episode.gif and the pictures are in {folder}")
 
 
-def guarded(name, function, parser):
-    """Parse and call. What the user can mend becomes one sentence. Returns the exit code."""
-    try:
-        function(parser.parse_args())
-        return 0
-    except (UserError, gym.error.Error) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
-    print(f"{name}: error: {message}", file=sys.stderr)
-    return 2
+# ---- probe ----
+def fit(x, ball, learn, stop, test):
+    """An MLP from x (B, latent_dim) to ball (B, 2), the one best on the rows `stop`. Returns R^2 of
+    the ball's x and y on the rows `test` (2,)."""
+    torch.manual_seed(0)
+    x = (x - x[learn].mean(0)) / (x[learn].std(0) + 1e-6)
+    y = (ball - ball[learn].mean(0)) / ball[learn].std(0)
+    hidden = nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
+    model = nn.Sequential(*hidden, nn.Linear(64, 2))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    best, age = float("inf"), 0
+    while age < 20:  # epochs without a gain
+        for rows in learn[torch.randperm(len(learn))].split(128):
+            optimizer.zero_grad()
+            F.mse_loss(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            loss = F.mse_loss(model(x[stop]), y[stop]).item()
+            age += 1
+            if loss < best:
+                best, age, answer = loss, 0, model(x[test])
+    return 1 - (answer - y[test]).square().mean(0) / y[test].var(0, correction=0)
+
+
+def near_ball(agent, stacks, balls):
+    """The share of |dV/dx| within 5 pixels of the ball, and that area's share of the picture."""
+    size = value_jacobian(agent, stacks).abs()
+    from_x = torch.arange(84) - balls[:, 0, None, None]  # (B, 1, 84)
+    from_y = torch.arange(84)[:, None] - balls[:, 1, None, None]
+    near = from_x.square() + from_y.square() <= 25  # (B, 84, 84)
+    share = (size * near).sum((1, 2)) / size.sum((1, 2))
+    return share.mean().item(), near.float().mean().item()
+
+
+def first_weights(args, agent):
+    """The agent as it was when its run began: --vae's or random."""
+    if args.vae:
+        return load(args.vae)[2]
+    torch.manual_seed(args.seed)
+    return vae_ppo.Agent(agent.actor.out_features, args.latent_dim, args.num_stack)
+
+
+@torch.no_grad()
+def encode(agent, frames):
+    return torch.cat([agent.encode(batch)[0] for batch in frames.split(500)])
+
+
+def probe(own):
+    """Print one row for each checkpoint and, before it, for the weights that its run began with."""
+    _, args, player = load(own.policy or own.checkpoints[-1], env_id=BREAKOUT)
+    buffer = vae_ppo.Buffer(player, own.frames // 20, 20, "cpu")
+    vae_ppo.rollout(player, start_games(args, 20, own.seed), buffer)
+    ball = find_balls(buffer.frames[buffer.C : -1].flatten(0, 1))
+    row = ball[:, 0].isfinite().nonzero()[:, 0]
+    t, game = row // 20, row % 20
+    ball = ball[row]
+    stacks = buffer.frames[buffer.stack[t, game], game[:, None]]  # (B, num_stack, 84, 84)
+    parts = [game % 5 < 3, game % 5 == 3, game % 5 == 4]  # to learn from, to stop by, to test on
+    parts = [part.nonzero()[:, 0] for part in parts]
+    if min(len(part) for part in parts) < 10:
+        raise UserError(f"the ball is in {len(row)} frames, which are too few: raise --frames")
+    frames = stacks[:, -1]
+    erased = frames.clone()
+    erased[:, 38:75, 4:80] = frames[:, 38:75, 4:80].amin(0)  # where nothing but the ball moves
+    some = parts[2][:: max(1, len(parts[2]) // 200)]
+
+    table = csv.writer(sys.stdout)
+    table.writerow("run mode global_step r2_x r2_y r2 r2_erased near_ball area".split())
+    seen = set()
+    for path in own.checkpoints:
+        steps, args, agent = load(path, env_id=BREAKOUT, num_stack=player.num_stack)
+        run = args.run_name
+        agents = {steps: agent} if run in seen else {0: first_weights(args, agent), steps: agent}
+        seen.add(run)
+        for steps, agent in agents.items():
+            r2 = fit(encode(agent, frames), ball, *parts)
+            r2_erased = fit(encode(agent, erased), ball, *parts).mean().item()
+            numbers = [*r2.tolist(), r2.mean().item(), r2_erased]
+            numbers += near_ball(agent, stacks[some], ball[some])
+            table.writerow([run, args.mode, steps, *[f"{x:.3f}" for x in numbers]])
+            sys.stdout.flush()
 
 
 def main():
-    parser = vae_ppo.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint")
-    parser.add_argument("--episodes", type=number(int, 1, 1000), default=30)
-    parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=1000, help="not the run's own")
-    parser.add_argument(
-        "--policy", metavar="CHECKPOINT", help="who plays; unless told, the checkpoint itself"
-    )
-    parser.add_argument("--out", metavar="FOLDER", help="unless told, the checkpoint's own")
-    return guarded("evaluate.py", evaluate, parser)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["play", "probe"])
+    parser.add_argument("checkpoints", nargs="+", metavar="checkpoint", help="one; probe: several")
+    parser.add_argument("--policy", help="checkpoint of who plays; by default the last of these")
+    parser.add_argument("--seed", type=int, default=1000, help="of the games, not the run's own")
+    parser.add_argument("--episodes", type=int, default=100, help="play")
+    parser.add_argument("--out", help="folder, by default the checkpoint's own; play")
+    parser.add_argument("--frames", type=int, default=20_000, help="probe")
+    own = parser.parse_args()
+    if min(own.seed + 1, own.episodes, own.frames // 20) < 1:
+        parser.error("--seed must be 0 or more, --episodes 1, --frames 20")
+    if own.what == "play" and len(own.checkpoints) > 1:
+        parser.error("play takes one checkpoint")
+    return guarded(play if own.what == "play" else probe, own)
 
 
 if __name__ == "__main__":

@@ -1,99 +1,172 @@
-"""Fig. 3 and Fig. 5 of the paper, and the README's table of results, from experiments/results/*.csv alone.
+"""The figures and tables of experiments/results/, and how a run gets there.
 
     pip install matplotlib==3.11.2
-    python -m experiments.plot
+    python -m experiments.plot publish runs/Breakout-adapt-10M-seed1 --pictures
+    python -m experiments.plot fig3
+    python -m experiments.plot fig5
+    python -m experiments.plot probe
+    python -m experiments.plot table
 
-Median over the seeds, their 25-75 % band, every seed thin behind. What there is no run of is not drawn. The
-table has the mean score of the last 100 games of each seed, on the way and at its end, their median, and
-what experiments.evaluate found.
+publish: metrics.csv, thinned to 500 rows, and eval.json become results/adapt-10M-seed1.csv and
+.json; --pictures: reconstruction.png, jacobian.png and episode.gif, too; --weights: the weights
+without Adam's state, in half precision, become weights/adapt-10M-seed1.pt. fig3, fig5: scores over
+steps, median of the seeds, their 25-75 % band, every seed thin behind. probe: how the ball enters
+mu, from results/probe.csv. table: each seed, and the median of each model, in Markdown. For other
+models name them: `fig3 adapt-3M adapt`.
 """
 
+import argparse
 import csv
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+import torch
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import vae_ppo
+from experiments import guarded
+from vae_ppo import UserError
 
-RESULTS = Path(__file__).parent / "results"
-MARKS = 100_000, 250_000, 500_000
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+FIGURES = {
+    "fig3": ("learning_curves.png", ["fixed-10M", "adapt-10M", "joint-kappa20-10M"]),
+    "fig5": ("kappa.png", ["joint-kappa1-1M", "joint-kappa10-1M", "joint-kappa20-1M"]),
+}
+MARKS = (100_000, 250_000, 1_000_000, 3_000_000)  # steps at which the table has the score
 
 
-def read_curves():
-    """{model: {seed: (steps, scores, SPS)}}, the model being `fixed`, `adapt`, `joint-kappa20`, ..."""
+EVALUATION = ("mean of whole games", "from (95 %)", "to", "IQM")  # by experiments.evaluate
+
+
+def read_curves(models=()):
+    """{model: {seed: its CSV's columns}} of the runs in RESULTS, as arrays."""
     curves = {}
     for path in sorted(RESULTS.glob("*-seed*.csv")):
         model, seed = re.fullmatch(r"(.+)-seed(\d+)", path.stem).groups()
-        with path.open() as file:
-            rows = [r for r in csv.DictReader(file) if r["charts/episodic_return"]]
-        names = "global_step", "charts/episodic_return", "charts/SPS"
-        columns = ([float(r[name]) for r in rows] for name in names)
-        if not model.startswith("pretrain"):
-            curves.setdefault(model, {})[seed] = tuple(map(np.array, columns))
-    return curves
+        if model in models or not models and not model.startswith("pretrain"):
+            with path.open() as file:
+                rows = [row for row in csv.DictReader(file) if row["charts/episodic_return"]]
+            names = ("global_step", "charts/episodic_return", "charts/SPS")
+            columns = [np.array([float(row[name]) for row in rows]) for name in names]
+            curves.setdefault(model, {})[seed] = columns
+    if not curves:
+        raise UserError(f"there is no run of {', '.join(models)} in {RESULTS}")
+    return {model: curves[model] for model in models or curves if model in curves}
 
 
-def draw(curves, models, path, title):
-    """One line per model, on the steps that all its seeds have reached."""
-    models = [m for m in models if m in curves]
-    if not models:
-        return
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for color, model in enumerate(models):
-        seeds = curves[model].values()
-        steps = np.linspace(max(s[0][0] for s in seeds), min(s[0][-1] for s in seeds), 200)
-        scores = np.array([np.interp(steps, *seed[:2]) for seed in seeds])
-        for seed in seeds:
-            axes.plot(*seed[:2], color=f"C{color}", alpha=0.25, linewidth=0.8)
-        axes.fill_between(steps, *np.quantile(scores, (0.25, 0.75), axis=0), color=f"C{color}", alpha=0.2)
-        label = f"{model} ({len(scores)} seed{'s' * (len(scores) > 1)})"
-        axes.plot(steps, np.median(scores, axis=0), color=f"C{color}", label=label)
-    axes.set(xlabel="env steps (4 game frames each)", ylabel="score, mean of the last 100 games", title=title)
+def draw(path, curves, ylabel, xscale="linear", **scale):
+    """One line for each model of {model: [(x, y) of each seed]}, where all its seeds are."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (model, seeds) in enumerate(curves.items()):
+        style = {"color": f"C{number}"}
+        start, end = max(x[0] for x, _ in seeds), min(x[-1] for x, _ in seeds)
+        steps = np.unique([x for x in np.concatenate([x for x, _ in seeds]) if start <= x <= end])
+        values = np.array([np.interp(steps, x, y) for x, y in seeds])
+        for x, y in seeds:
+            axes.plot(x, y, alpha=0.25, linewidth=0.8, **style)
+        axes.fill_between(steps, *np.quantile(values, [0.25, 0.75], axis=0), alpha=0.2, **style)
+        label = f"{model}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+        axes.plot(steps, np.median(values, axis=0), label=label, **style)
+    axes.set(xlabel="env steps (4 game frames each)", ylabel=ylabel)
+    axes.set_xscale(xscale, **scale)
     axes.legend()
     figure.savefig(path, dpi=110)
     print(path)
 
 
-def evaluation(model, seed):
-    """The mean score of experiments.evaluate's games, and its 95 % interval."""
-    path = RESULTS / f"{model}-seed{seed}.json"
-    facts = json.loads(path.read_text()) if path.exists() else None
-    return "{mean:.1f} ({interval[0]:.1f} to {interval[1]:.1f})".format(**facts) if facts else "not run"
+def scores(own):
+    """Fig. 3 or Fig. 5: of which models there are no runs, there is no line."""
+    picture, models = FIGURES[own.what]
+    runs = read_curves(own.names or models)
+    lines = {model: [columns[:2] for columns in seeds.values()] for model, seeds in runs.items()}
+    draw(HERE / picture, lines, "score, mean of the last 100 games")
 
 
-def print_table(curves):
+def probe(own):
+    """R^2 of the ball's place from mu, over steps."""
+    runs = {}
+    with (RESULTS / "probe.csv").open() as file:
+        for row in csv.DictReader(file):
+            if row["mode"] != "pretrain":
+                point = (float(row["global_step"]), float(row["r2"]))
+                runs.setdefault(row["run"], []).append(point)
+    lines = {}
+    for run, points in runs.items():
+        model = re.sub(r"^Breakout-|-seed\d+$", "", run)
+        lines.setdefault(model, []).append(np.array(sorted(points)).T)
+    label = "R^2 of the ball's place from mu"
+    draw(HERE / "probe.png", lines, label, xscale="symlog", linthresh=1e5)
+
+
+def row(*texts, numbers=()):
+    cells = [*texts, *["" if np.isnan(x) else f"{x:.1f}" for x in numbers]]
+    print(f"| {' | '.join(cells)} |")
+
+
+def table(own):
     """Time is that of all steps at the logged speeds, of which a published CSV has a sample."""
-    marks = " | ".join(f"at {n // 1000}k" for n in MARKS)
-    print(f"| model | seed | steps | {marks} | at the end | 30 games (95 %) | hours |")
-    print("|---|---|---|" + "---|" * (len(MARKS) + 3))
-    for model, seeds in sorted(curves.items()):
-        rows = []
-        for seed, (steps, scores, sps) in seeds.items():
-            hours = steps[-1] * np.mean(1 / sps) / 3600
-            rows.append([*np.interp(MARKS, steps, scores, right=np.nan), scores[-1]])
-            cells = " | ".join(f"{x:.1f}" for x in rows[-1]).replace("nan", "not run")
-            more = f"{evaluation(model, seed)} | {hours:.1f}"
-            print(f"| {model} | {seed} | {int(steps[-1]):,} | {cells} | {more} |")
-        if len(rows) > 1:
-            cells = " | ".join(f"{x:.1f}" for x in np.median(rows, axis=0)).replace("nan", "not run")
-            print(f"| {model} | median | | {cells} | | |")
+    marks = [f"at {steps / 1e6:g}M" for steps in MARKS]
+    row("model", "seed", "steps", *marks, "at the end", "hours", *EVALUATION)
+    row(*["---"] * (len(MARKS) + 5 + len(EVALUATION)))
+    for model, seeds in read_curves(own.names).items():
+        all_numbers = []
+        for seed, (steps, scores, speed) in seeds.items():
+            numbers = [*np.interp(MARKS, steps, scores, right=np.nan), scores[-1]]
+            numbers.append(steps[-1] * np.mean(1 / speed) / 3600)
+            all_numbers.append(numbers)
+            path = RESULTS / f"{model}-seed{seed}.json"
+            if path.exists():
+                facts = json.loads(path.read_text())
+                numbers = numbers + [facts["mean"], *facts["interval"], facts["iqm"]]
+            row(model, seed, f"{int(steps[-1]):,}", numbers=numbers)
+        if len(seeds) > 1:
+            row(model, "median", "", numbers=np.median(all_numbers, axis=0))
+
+
+def publish(own):
+    """Copy what is published of each run, named as the run without its game."""
+    for folder in map(Path, own.names):
+        name = folder.name.removeprefix("Breakout-")
+        with (folder / "metrics.csv").open() as file:
+            header, *rows = csv.reader(file)
+        every = -(-len(rows) // 500)
+        with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows[::-1][::every][::-1]])  # the last row stays
+        copies = {"eval.json": f"{name}.json"}
+        if own.pictures:
+            for picture in ("reconstruction.png", "jacobian.png", "episode.gif"):
+                copies[picture] = f"{name}-{picture}"
+        for source, target in copies.items():
+            if (folder / source).exists():
+                shutil.copyfile(folder / source, RESULTS / target)
+        if own.weights:
+            saved = vae_ppo.load_checkpoint(folder / "checkpoint.pt")
+            saved["weights"] = {key: x.half() for key, x in saved["weights"].items()}
+            del saved["optimizer"]
+            (HERE / "weights").mkdir(exist_ok=True)
+            torch.save(saved, HERE / "weights" / f"{name}.pt")
+        print(RESULTS / f"{name}.csv")
 
 
 def main():
-    curves = read_curves()
-    kappas = [m for m in curves if re.fullmatch(r"joint-kappa[\d.]+", m)]
-    kappas.sort(key=lambda m: float(m.split("kappa")[1]))
-    here = RESULTS.parent
-    models = ["fixed", "adapt", "joint-kappa20", *(m for m in curves if re.search(r"-\d+M$", m))]
-    draw(curves, models, here / "learning_curves.png", "Breakout, whole games")
-    if len(kappas) > 1:
-        draw(curves, kappas, here / "kappa.png", "joint: weight of the policy's loss")
-    print_table(curves)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = {"publish": publish, "fig3": scores, "fig5": scores, "probe": probe, "table": table}
+    parser.add_argument("what", choices=commands)
+    parser.add_argument("names", nargs="*", help="publish: folders of runs; else models")
+    parser.add_argument("--pictures", action="store_true", help="the pictures, too; publish")
+    parser.add_argument("--weights", action="store_true", help="the weights, too; publish")
+    own = parser.parse_args()
+    if own.what == "publish" and not own.names:
+        parser.error("publish needs the folder of a run, or of several")
+    return guarded(commands[own.what], own)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

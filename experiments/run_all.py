@@ -1,108 +1,113 @@
-"""Every run of the paper's figures, one after the other, or as many at once as the cores bear.
+"""Every run of the paper's figures, as many at once as --processes says.
 
-    python -m experiments.run_all --total-timesteps 1000000 --processes 2
+    python -m experiments.run_all --total-timesteps 10000000 --only fixed adapt joint-kappa20
+    python -m experiments.run_all --total-timesteps 1000000 --only joint-kappa1 joint-kappa10
 
-A policy for the data (joint, 500 000 steps) -> the VAE's pretraining -> fixed, adapt and joint (kappa 20)
-with three seeds; joint with kappa 1 and 10; fixed without the KL stop, and on a VAE that saw random play.
-Ctrl-C stops all; the same command goes on where each run stood, and leaves out what is finished. Then
-`experiments.publish` and `experiments.plot` make data and curves.
+A policy for the data, then the VAE's pretraining, then the models. Each run is of one length, which
+its name tells: runs/Breakout-adapt-10M-seed1. Ctrl-C or SIGTERM saves all and ends; the same
+command goes on. The first checkpoints after 100 000 and 1M steps are kept, for the probe.
 """
 
 import argparse
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import vae_ppo
+from experiments import guarded
+from vae_ppo import UserError
 
-HERE = Path(__file__).parent.parent
-VAE = "runs/Breakout-pretrain-seed1/checkpoint.pt"
-
-
-def jobs(total, seeds):
-    """{run name: (flags, the run it needs)}, in the order in which they are to start."""
-    short = f"--total-timesteps {min(total, 500_000)}"
-    plan = {"policy-for-data": (f"--mode joint --seed 11 {short}", None)}
-    pretrain = "--mode pretrain --policy runs/policy-for-data/checkpoint.pt"
-    plan["Breakout-pretrain-seed1"] = (pretrain, "policy-for-data")
-    for seed in seeds:
-        more = f"--seed {seed} --total-timesteps {total}"
-        plan[f"Breakout-adapt-seed{seed}"] = (f"--mode adapt --vae {VAE} {more}", "Breakout-pretrain-seed1")
-        plan[f"Breakout-joint-kappa20-seed{seed}"] = (f"--mode joint --kappa 20 {more}", None)
-        plan[f"Breakout-fixed-seed{seed}"] = (f"--mode fixed --vae {VAE} {more}", "Breakout-pretrain-seed1")
-    for kappa in (1, 10):
-        flags = f"--mode joint --kappa {kappa} --seed 1 --total-timesteps {total}"
-        plan[f"Breakout-joint-kappa{kappa}-seed1"] = (flags, None)
-    plan["Breakout-pretrain-on-random-play-seed1"] = ("--mode pretrain", None)
-    for name, vae, more in (
-        ("without-kl-stop", "pretrain", "--target-kl 0"),
-        ("on-random-play", "pretrain-on-random-play", ""),
-    ):
-        needed = f"Breakout-{vae}-seed1"
-        flags = f"--mode fixed --vae runs/{needed}/checkpoint.pt {more} --seed 1 --total-timesteps {total}"
-        plan[f"Breakout-fixed-{name}-seed1"] = (flags, needed)
-    return plan
+DATA = "policy-for-data"
+VAE = "Breakout-pretrain-seed1"
+MODELS = {
+    "fixed": f"--mode fixed --vae runs/{VAE}/checkpoint.pt",
+    "adapt": f"--mode adapt --vae runs/{VAE}/checkpoint.pt",
+    "joint-kappa20": "--mode joint --kappa 20",
+    "joint-kappa1": "--mode joint --kappa 1",
+    "joint-kappa10": "--mode joint --kappa 10",
+    "joint-kappa1e6": "--mode joint --kappa 1e6",  # the control: hardly any VAE
+}
+KEEP = (100_000, 1_000_000)  # steps after which a checkpoint is kept
+stop = threading.Event()
 
 
-def finished(name, flags):
-    """Whether the run has all the steps that its flags end with; pretrain, all its epochs."""
-    path = Path("runs", name, "checkpoint.pt")
-    if not path.exists():
-        return False
-    saved = vae_ppo.load_checkpoint(path)
-    args = saved["args"]
-    if args["mode"] == "pretrain":
-        return saved["iteration"] >= args["vae_epochs"]
-    batch = args["num_envs"] * args["num_steps"]
-    return saved["global_step"] >= int(flags.split()[-1]) // batch * batch
+@functools.cache
+def global_step(path, saved_at):
+    return vae_ppo.load_checkpoint(path)["global_step"]
 
 
-def start(name, flags, threads):
-    resume = ["--resume"] * Path("runs", name).exists()
-    command = [sys.executable, str(HERE / "vae_ppo.py"), *flags.split(), "--run-name", name, *resume]
-    log = open(f"runs/{name}.log", "a")
+def keep_checkpoints(folder):
+    """Copy the checkpoints of KEEP to other names: the script replaces its own, as a whole."""
+    path = folder / "checkpoint.pt"
+    for steps in KEEP:
+        kept = folder / f"checkpoint-{steps}.pt"
+        if path.exists() and not kept.exists():
+            if global_step(path, path.stat().st_mtime_ns) >= steps:
+                temporary = kept.with_suffix(".tmp")
+                shutil.copyfile(path, temporary)
+                temporary.replace(kept)
+
+
+def run(name, flags, threads):
+    """Start the script, or go on with its run, and wait for its end. A finished run ends at once.
+    Raises UserError if it fails."""
+    if stop.is_set():
+        return
+    print(f"{name}: {flags}", flush=True)
+    command = [sys.executable, vae_ppo.__file__, *flags.split(), "--run-name", name, "--resume"]
+    command += ["--env-threads", str(threads), "--checkpoint-every", "10"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    return subprocess.Popen(
-        [*command, "--env-threads", str(threads)], env=environment, stdout=log, stderr=log
-    )
+    with open(f"runs/{name}.log", "a") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    told = False
+    while process.poll() is None:
+        if stop.is_set() and not told:
+            process.terminate()  # it ends its iteration, saves, and exits
+            told = True
+        time.sleep(1)
+        keep_checkpoints(Path("runs", name))
+    print(f"{name}: ended with {process.returncode}", flush=True)
+    if process.returncode and not stop.is_set():
+        raise UserError(f"{name} failed, see runs/{name}.log")
+
+
+def run_all(own):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stop.set())
+    Path("runs").mkdir(exist_ok=True)
+    if "fixed" in own.only or "adapt" in own.only:
+        run(DATA, "--mode joint --seed 11 --total-timesteps 500000", os.cpu_count())
+        run(VAE, f"--mode pretrain --policy runs/{DATA}/checkpoint.pt", os.cpu_count())
+    threads = max(1, os.cpu_count() // own.processes)
+    with ThreadPoolExecutor(own.processes) as pool:
+        runs = []
+        for seed in own.seeds:
+            for model in own.only:
+                name = f"Breakout-{model}-{own.total_timesteps / 1e6:g}M-seed{seed}"
+                flags = f"{MODELS[model]} --seed {seed} --total-timesteps {own.total_timesteps}"
+                runs.append(pool.submit(run, name, flags, threads))
+    for future in runs:
+        future.result()
+    return 130 if stop.is_set() else 0
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--total-timesteps", type=int, default=1_000_000)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--processes", type=int, default=max(1, os.cpu_count() // 2), help="runs at once")
-    args = parser.parse_args()
-    Path("runs").mkdir(exist_ok=True)
-    plan, running, stopped = jobs(args.total_timesteps, args.seeds), {}, []
-    done = {name for name in plan if finished(name, plan[name][0])}
-    waiting = [name for name in plan if name not in done]
-    threads = max(1, os.cpu_count() // args.processes)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopped.append(number))
-    told = False
-    while True:
-        ready = [name for name in waiting if plan[name][1] in done | {None}]
-        if not running and (stopped or not ready):
-            return 130 if stopped else int(bool(waiting))
-        if stopped and not told:
-            told = True
-            for process in running.values():
-                process.send_signal(signal.SIGTERM)  # it saves, and ends
-        elif ready and not stopped and len(running) < args.processes:
-            name = ready[0]
-            waiting.remove(name)
-            print(f"{name}: {plan[name][0]}", flush=True)
-            running[name] = start(name, plan[name][0], threads)
-        for name, process in list(running.items()):
-            if process.poll() is not None:
-                running.pop(name)
-                done |= {name} if process.returncode == 0 else set()
-                print(f"{name}: ended with {process.returncode}, see runs/{name}.log", flush=True)
-        time.sleep(1)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--total-timesteps", type=int, default=10_000_000, help="of each run")
+    parser.add_argument("--processes", type=int, default=2, help="runs at once")
+    own = parser.parse_args()
+    if own.processes < 1 or own.total_timesteps < 1:
+        parser.error("--processes and --total-timesteps must be 1 or more")
+    return guarded(run_all, own)
 
 
 if __name__ == "__main__":
