@@ -304,11 +304,15 @@ def test_ppo_loss_in_each_clip_quadrant(advantage, probability, loss):
     assert metrics["losses/clipfrac"].item() == 1
 
 
-@pytest.mark.parametrize("flags, l_v", [("--clip-vloss", 1.62), ("--no-clip-vloss", 0.5)])
-def test_value_loss_by_hand(flags, l_v):
-    """V from 1 to 2 under a return of 3 costs half of 1.8^2 clipped at 0.2, half of 1 unclipped."""
+VALUES_BY_HAND = [("--clip-vloss", 3, 1.62), ("--clip-vloss", 0, 2.0), ("--no-clip-vloss", 3, 0.5)]
+
+
+@pytest.mark.parametrize("flags, ret, l_v", VALUES_BY_HAND)
+def test_value_loss_by_hand(flags, ret, l_v):
+    """V that moved from 1 to 2 costs half of the larger of its squared error and that of V moved
+    by 0.2 only; without the clip, half of its squared error."""
     flags += " --vf-coef 0.25"
-    total, metrics = ppo([0.5], value=[2.0], old_value=1.0, ret=3.0, flags=flags)
+    total, metrics = ppo([0.5], value=[2.0], old_value=1.0, ret=ret, flags=flags)
     assert metrics["losses/value_loss"].item() == pytest.approx(l_v)
     assert total.item() == pytest.approx(-1 + 0.25 * l_v)
 
@@ -360,6 +364,15 @@ def test_masked_steps_have_no_influence():
         results.append((loss, logits.grad, value.grad, *metrics.values()))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_reset_rows_alone_cost_nothing():
+    """A minibatch without a valid step has a loss of 0, not NaN, and so has its gradient."""
+    logits, value, mb = random_minibatch()
+    mb["valid"][:] = False
+    loss, _ = vae_ppo.ppo_loss(logits, value, mb, make_args("joint"))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all() and (value.grad == 0).all()
 
 
 def test_approx_kl_is_that_of_torch():
@@ -564,8 +577,8 @@ def test_rewards_are_raw_and_fire_may_be_missing():
     """A dot in Ms. Pac-Man, which has no FIRE, pays its raw 10, and NOOP stands in for FIRE."""
     envs, fire = vae_ppo.make_envs(make_args("joint", "--env-id ALE/MsPacman-v5 --num-envs 1"))
     games = vae_ppo.Games(envs, fire, np.array([0]))
-    rewards = {int(games.step(np.array([3]))[1][0]) for _ in range(100)}
-    assert fire == 0 and 10 in rewards
+    rewards = [int(games.step(np.array([3]))[1][0]) for _ in range(100)]
+    assert fire == 0 and 10 in rewards and games.score == sum(rewards)
 
 
 def test_preprocessing_is_that_of_opencv():
@@ -841,14 +854,14 @@ def test_pretraining_lowers_the_loss(vae_run):
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("num_stack", (None, 4, 1))
-def test_pretraining_frames_are_those_of_its_player(num_stack, monkeypatch):
-    """The frames are the games' own, num_frames of them, played by --policy, whatever it sees, or
-    by chance."""
+@pytest.mark.parametrize("num_stack, latent_dim", ((None, None), (4, 20), (1, 9)))
+def test_pretraining_frames_are_those_of_its_player(num_stack, latent_dim, monkeypatch):
+    """The frames are the games' own, num_frames of them, played by --policy, whatever its
+    sizes, or by chance."""
     flags = "--num-frames 14"
     if num_stack:
-        policy = make_agent(num_stack, 20).state_dict()
-        saved = vars(make_args("joint", f"--num-stack {num_stack}"))
+        policy = make_agent(num_stack, latent_dim).state_dict()
+        saved = vars(make_args("joint", f"--num-stack {num_stack} --latent-dim {latent_dim}"))
         vae_ppo.save_checkpoint(Path("policy.pt"), weights=policy, args=saved)
         flags += " --policy policy.pt"
     calls = []
