@@ -153,6 +153,7 @@ def check_same_loss():
     """The naive loss is the script's, both without noise. With stacks its VAE part is the same in
     the mean alone, since the naive one counts a frame as often as it is in a stack."""
     noise, torch.randn_like = torch.randn_like, torch.zeros_like
+    torch.set_default_dtype(torch.float64)
     for num_stack in (1, 4):
         flags = f"--no-cuda --num-envs 4 --num-steps 32 --num-stack {num_stack} --num-minibatches 1"
         args, agent, _, games, buffer = set_up("joint", flags)
@@ -161,10 +162,11 @@ def check_same_loss():
         loss, metrics = vae_ppo.minibatch_loss(agent, buffer, mb, args)
         plain_loss, plain_metrics = naive_loss(agent, buffer, mb, args)
         if num_stack == 1:
-            torch.testing.assert_close(loss, plain_loss, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(loss, plain_loss, rtol=1e-9, atol=0)
         for name, x in plain_metrics.items():
-            torch.testing.assert_close(metrics[name], x, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(metrics[name], x, rtol=1e-9, atol=1e-12)
     torch.randn_like = noise
+    torch.set_default_dtype(torch.float32)
 
 
 def stable_baselines3(flags):
@@ -289,9 +291,12 @@ def operators(own):
 
 
 def machine():
+    cpu = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[-1].split("\n")[0]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    cpu = f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}"
-    return f"{cpu}, {gpu}; Python {platform.python_version()}, torch {torch.__version__}"
+    software = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{os.cpu_count()} cores of {cpu}, {gpu}; {software}"
 
 
 def main():
