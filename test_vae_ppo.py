@@ -121,6 +121,8 @@ BAD = [
     ("--mode pretrain --no-anneal-lr", "pretrain anneal_lr"),
     ("--mode joint --learning-rate -1", "learning_rate -1"),
     ("--mode joint --kappa inf", "kappa inf"),
+    ("--mode joint --kappa 0", "kappa 0"),
+    ("--mode joint --gamma 1.5", "gamma 1.5"),
     ("--mode joint --num-envs 0", "num_envs 0"),
     ("--mode joint --num-envs 10000000000", "num_envs 10000000000"),
     ("--mode joint --seed -1", "seed -1"),
@@ -1050,21 +1052,19 @@ def test_a_finished_run_says_so_when_it_is_resumed(joint_runs, capsys):
     assert rows_of("runs/r") == before
 
 
-@pytest.mark.parametrize("num_minibatches", (1, 2))
-def test_numbers_that_are_not_finite_replace_no_good_checkpoint(
-    num_minibatches, monkeypatch, capsys
-):
-    """A step that throws the weights to infinity, the last one or one whose weights make the next
-    loss NaN, ends the run with 2 and a sentence; the checkpoint and log before it stay."""
+@pytest.mark.parametrize("num_minibatches, rate", ((1, 1e38), (2, 1e38), (1, 1e9)))
+def test_exploded_weights_replace_no_good_checkpoint(num_minibatches, rate, monkeypatch, capsys):
+    """A step that throws the weights to infinity or near it, the last one or one whose weights make
+    the next loss NaN, ends the run with 2 and a sentence; checkpoint and log before it stay."""
 
     def before_update(agent, optimizer, *_):
         if rows_of("runs/r"):
-            optimizer.param_groups[0]["lr"] = 1e38
+            optimizer.param_groups[0]["lr"] = rate
 
     spy(monkeypatch, "update", before_update)
     flags = f"--checkpoint-every 1 --num-minibatches {num_minibatches} --total-timesteps 64"
     assert run_main(tiny("joint", flags)) == 2
-    assert re.search("error: [a-z/_]+ is (inf|nan)", capsys.readouterr().err)
+    assert re.search("error: [a-z/_]+ is (inf|nan|[0-9.]+)", capsys.readouterr().err)
     assert load("runs/r")["iteration"] == len(rows_of("runs/r")) == 1
 
 
@@ -1443,9 +1443,11 @@ def test_an_existing_run_is_kept(joint_runs, capsys):
 
 
 def test_a_metric_that_the_first_row_lacks_is_an_error(tmp_path):
-    """A metric that has no column in metrics.csv is an error, not a silent gap."""
+    """A metric without a column, or a column without its metric, is an error, not a silent gap."""
     log = vae_ppo.Log(tmp_path, 0, 0, 100)
     log.write({"losses/a": 1.0}, 10, [])
+    with pytest.raises(ValueError, match="global_step"):
+        log.write({}, 20, [])
     with pytest.raises(ValueError, match="losses/b"):
         log.write({"losses/a": 1.0, "losses/b": 2.0}, 20, [])
     size = log.file.tell()

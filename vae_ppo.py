@@ -110,15 +110,18 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         if name in unused and value != parser.get_default(name):
             parser.error(f"--mode {args.mode} does not use {name}")
-        least = 1 if type(value) is int and name not in ("seed", "env_threads") else 0
-        if type(value) in (int, float) and not least <= value < 1e9:
-            parser.error(f"{name} must be a number from {least} on, not {value}")
+        low = 1 if type(value) is int and name not in ("seed", "env_threads") else 0
+        high = 1 if name in ("gamma", "gae_lambda", "repeat_action_probability") else 1e9
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"{name} must be a number from {low} to {high:g}, not {value}")
     if not args.vae and "decoder" not in networks:
         parser.error(f"--mode {args.mode} needs --vae, a checkpoint of --mode pretrain")
     segments = args.num_steps // args.segment_length * args.num_envs
     uneven = args.num_steps % args.segment_length or segments % args.num_minibatches
     if uneven and "actor" in networks:
         parser.error("segment_length must divide num_steps, num_minibatches the segments")
+    if args.kappa == 0:
+        parser.error("kappa must be above 0: a small one leaves the VAE to itself")
     args.learning_rate = args.learning_rate or learning_rate
     if not args.run_name:
         game = args.env_id.removeprefix("ALE/").removesuffix("-v5")
@@ -515,8 +518,9 @@ def read_metrics(seen, last, device):
     values = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in metrics.values()]
     numbers = mean_over_ranks(torch.stack(values)).tolist()
     for name, number in zip(metrics, numbers, strict=True):
-        if not math.isfinite(number):
-            raise UserError(f"{name} is {number}: the last checkpoint stays as it is")
+        limit = 1e6 if name == "weights/norm" else math.inf  # some 50 to 200 in a sound run
+        if not abs(number) < limit:  # as NaN is not
+            raise UserError(f"{name} is {number}: lower --learning-rate; this step is not saved")
     return dict(zip(metrics, numbers, strict=True))
 
 
@@ -665,6 +669,8 @@ class Log:
         if self.columns is None:
             self.columns = list(row)
             csv.writer(self.file).writerow(self.columns)
+        if row.keys() != set(self.columns):
+            raise ValueError(f"not the metrics of the first row: {list(row)}")
         csv.DictWriter(self.file, self.columns).writerow(row)
         for name, value in row.items():
             if value is not None:
@@ -679,13 +685,8 @@ def main(argv=None):
     try:
         return train(parse_args(argv))
     except (UserError, gym.error.Error, OSError) as error:
-        message = str(error)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):  # what Categorical says of infinite logits
-            raise
-        message = "the weights have exploded: lower --learning-rate, --resume goes back"
-    print(f"vae_ppo.py: error: {message}", file=sys.stderr)
-    return 2
+        print(f"vae_ppo.py: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
