@@ -122,6 +122,7 @@ BAD = [
     ("--mode joint --learning-rate -1", "learning_rate -1"),
     ("--mode joint --kappa inf", "kappa inf"),
     ("--mode joint --kappa 0", "kappa 0"),
+    ("--mode joint --run-name none --resume", "no run runs/none --resume"),
     ("--mode joint --gamma 1.5", "gamma 1.5"),
     ("--mode joint --num-envs 0", "num_envs 0"),
     ("--mode joint --num-envs 10000000000", "num_envs 10000000000"),
@@ -1483,7 +1484,10 @@ def commands():
 def test_every_command_is_read_and_finds_what_another_left():
     """Every command of the README and of the script's docstring is one that the script takes, and
     each checkpoint that it names is that of a run that another command makes."""
-    runs = [vae_ppo.parse_args(argv) for argv in commands()]
+    Path("runs/Breakout-joint-kappa20-seed1").mkdir(parents=True)  # which one command resumes
+    runs = [vae_ppo.parse_args(argv) for argv in commands() if "--resume" in argv]
+    Path("runs/Breakout-joint-kappa20-seed1").rmdir()
+    runs += [vae_ppo.parse_args(argv) for argv in commands() if "--resume" not in argv]
     left = {f"{run.runs_dir}/{run.run_name}/checkpoint.pt" for run in runs}
     assert {run.mode for run in runs} == set(TRAINED)
     assert {run.vae or run.policy for run in runs} <= {"", *left}

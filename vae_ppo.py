@@ -132,6 +132,8 @@ def parse_args(argv=None):
         parser.error(f"--run-name must be the name of a folder, not {args.run_name}")
     if folder.exists() and not args.resume:
         parser.error(f"{folder} exists: add --resume, or choose another --run-name")
+    if args.resume and not folder.exists():
+        parser.error(f"there is no run {folder} to resume: leave out --resume")
     return args
 
 

@@ -42,7 +42,7 @@ SMALL = "--num-envs 2 --num-steps 8 --segment-length 8 --num-minibatches 2 --upd
 
 def make_args(mode, flags):
     vae = "" if "decoder" in vae_ppo.MODES[mode][0] else "--vae unused"
-    command = f"--mode {mode} --target-kl 0 --run-name unused --resume {vae} {flags}"
+    command = f"--mode {mode} --target-kl 0 --run-name unused {vae} {flags}"
     return vae_ppo.parse_args(command.split())
 
 

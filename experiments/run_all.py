@@ -61,7 +61,9 @@ def run(name, flags, threads):
     if stop.is_set():
         return
     print(f"{name}: {flags}", flush=True)
-    command = [sys.executable, vae_ppo.__file__, *flags.split(), "--run-name", name, "--resume"]
+    command = [sys.executable, vae_ppo.__file__, *flags.split(), "--run-name", name]
+    if Path("runs", name).exists():
+        command.append("--resume")
     command += ["--env-threads", str(threads), "--checkpoint-every", "10"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with open(f"runs/{name}.log", "a") as log:

@@ -34,8 +34,10 @@ STEPS = 2 * 16  # of an iteration
 
 def start(folder, total):
     flags = f"--mode joint {SMALL} {PPO} --checkpoint-every 1 --total-timesteps {total}"
-    flags += f" --runs-dir {folder} --run-name killed --resume"
+    flags += f" --runs-dir {folder} --run-name killed"
     command = [sys.executable, vae_ppo.__file__, *flags.split()]
+    if (folder / "killed").exists():
+        command.append("--resume")
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
