@@ -22,7 +22,8 @@ import time
 import warnings
 from collections import Counter, deque
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import ale_py
 import cv2
@@ -1469,6 +1470,48 @@ def test_a_new_metric_of_a_loss_is_logged(monkeypatch):
     monkeypatch.setattr(vae_ppo, "ppo_loss", ppo_loss)
     assert run_main(tiny("joint")) == 0
     assert [row["losses/new"] for row in rows_of("runs/r")] == ["0.5"]
+
+
+class FakeWandb(ModuleType):
+    """Remembers whether init came before the TensorBoard writer that it is to follow."""
+
+    class Error(Exception):
+        pass
+
+    def init(self, **settings):
+        self.settings = settings
+        self.in_time = not Path("runs/r").exists()
+
+
+def test_track_starts_wandb_before_tensorboard(monkeypatch):
+    """--track hands the settings to wandb.init, which is to follow TensorBoard, in time."""
+    wandb = FakeWandb("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert run_main(tiny("joint", "--track")) == 0
+    assert wandb.in_time and wandb.settings["sync_tensorboard"]
+    assert wandb.settings["name"] == "r" and wandb.settings["config"]["kappa"] == 20
+
+
+@pytest.mark.parametrize("installed", (False, True))
+def test_track_that_cannot_start_is_refused(installed, monkeypatch, capsys):
+    """Without wandb the sentence says how to install it; what wandb itself misses is its own
+    sentence. The failed start leaves no folder."""
+    wandb = FakeWandb("wandb") if installed else None  # None: import raises ImportError
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    if installed:
+        wandb.init = Mock(side_effect=wandb.Error("No API key configured."))
+    words = ("--track", "No API key") if installed else ("--track", "pip install wandb")
+    refused(tiny("joint", "--track"), capsys, *words)
+
+
+def test_wandb_is_told_the_metrics(monkeypatch):
+    """The real wandb, where it is installed, offline: its file has the metrics of each row."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    argv = tiny("joint", "--track --total-timesteps 64")
+    assert subprocess.run([sys.executable, vae_ppo.__file__, *argv], timeout=120).returncode == 0
+    (path,) = Path("wandb").glob("offline-run-*/*.wandb")
+    assert path.read_bytes().count(b"vae/recon_loss") >= 2
 
 
 # ---- README ----

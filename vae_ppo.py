@@ -53,6 +53,7 @@ FLAGS = [
     ("run_name", "", "folder in it; by default made of game, mode, kappa and seed"),
     ("resume", False, "go on from the run's checkpoint, with new games"),
     ("checkpoint_every", 20, "iterations"),
+    ("track", False, "log to Weights & Biases, too"),
     ("learning_rate", 0.0, "of Adam; 0: that of the mode, see MODES"),
     ("num_envs", 16, "N, games at once (authors)"),
     ("repeat_action_probability", 0.0, "sticky actions (paper)"),
@@ -83,7 +84,7 @@ PPO_FLAGS = [  # fixed, adapt, joint
     ("max_grad_norm", 0.5, "clip the gradient to it; 0: never (authors)"),
     ("target_kl", 0.015, "KL that ends an update; 0: none does (authors)"),
 ]
-MAY_CHANGE = """resume runs_dir run_name cuda compile env_threads checkpoint_every
+MAY_CHANGE = """resume runs_dir run_name cuda compile env_threads checkpoint_every track
     total_timesteps vae_epochs""".split()  # on resuming
 
 
@@ -554,6 +555,8 @@ def train(args):
     total = num_iterations * batch
     if rank == 0:
         print(f"{args.mode} on {args.env_id}, {device} x {world}, {total} steps", flush=True)
+        if args.track:
+            track(args)
         log = Log(path.parent, log_size, start * batch, total)
     caught = []
     for number in (signal.SIGINT, signal.SIGTERM):  # end after the iteration at hand
@@ -639,6 +642,18 @@ def save_checkpoint(path, **checkpoint):
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def track(args):
+    """Let Weights & Biases follow what TensorBoard is told from here on. Raises UserError."""
+    try:
+        import wandb  # not among the requirements
+
+        wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
+    except ImportError:
+        raise UserError("--track needs one more package: pip install wandb") from None
+    except wandb.Error as error:
+        raise UserError(f"--track: {error}") from None
 
 
 class Log:
