@@ -1534,3 +1534,17 @@ def test_every_command_is_read_and_finds_what_another_left():
     left = {f"{run.runs_dir}/{run.run_name}/checkpoint.pt" for run in runs}
     assert {run.mode for run in runs} == set(TRAINED)
     assert {run.vae or run.policy for run in runs} <= {"", *left}
+
+
+def test_the_environment_of_the_readme_plays(monkeypatch):
+    """README's make_envs takes a game of gymnasium's own, one process and no vector emulator."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    scope = {"gym": vae_ppo.gym}
+    exec(code, scope)
+    monkeypatch.setattr(vae_ppo, "make_envs", scope["make_envs"])
+    args = make_args("joint", "--env-id ALE/Pong-v5 --num-envs 2")
+    games = vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.reseed(args, 0, 0))
+    for _ in range(1100):  # Pong's first game is over after some 800 to 1 000 steps
+        games.step(np.zeros(2, dtype=int))
+    assert games.frame.shape == (2, 84, 84) and games.frame.dtype == np.uint8
+    assert len(games.scores) >= 1 and max(games.scores) <= -15
