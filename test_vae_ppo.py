@@ -6,6 +6,7 @@ import contextlib
 import copy
 import csv
 import functools
+import gc
 import io
 import itertools
 import math
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections import Counter, deque
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -855,6 +857,46 @@ def test_the_kl_stop_comes_before_the_step():
     loss, _ = vae_ppo.minibatch_loss(agent, buffer, one_minibatch(buffer, args), args)
     vae_ppo.apply_gradient(optimizer, loss, args.max_grad_norm)
     assert same(weights, agent.state_dict())
+
+
+class Held(torch.autograd.Function):
+    """Hands x on; its node of the graph holds a thing for as long as it lives."""
+
+    @staticmethod
+    def forward(ctx, x, thing):
+        ctx.thing = thing
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@pytest.mark.parametrize("mode", ("fixed", "adapt", "joint"))
+def test_no_graph_outlives_an_update(mode):
+    """After an update that the KL stopped, the metrics that are kept hold no minibatch's graph."""
+    agent = make_agent()
+    encode, policy = agent.encode, agent.policy
+    held = weakref.WeakSet()
+
+    def hold(x):
+        thing = Mock()
+        held.add(thing)
+        made.append(len(held))
+        return Held.apply(x, thing)
+
+    made = []
+    args = make_args(mode, "--update-epochs 8 --latent-dim 5")
+    networks, _ = vae_ppo.MODES[mode]
+    optimizer = torch.optim.Adam(p for n in networks for p in getattr(agent, n).parameters())
+    optimizer.param_groups[0]["lr"] = 0.1
+    buffer, _ = play(agent)
+    agent.encode = lambda frames: [hold(x) for x in encode(frames)]
+    agent.policy = lambda features: policy(hold(features))
+    seen, last = vae_ppo.update(agent, optimizer, buffer, args)
+    assert last["losses/kl_stop"] and len(made) > len(seen) > 0
+    gc.collect()
+    assert len(held) == 0
 
 
 @pytest.mark.parametrize("limit, length", ((0.5, 0.5), (0.0, 5.0), (9.0, 5.0)))

@@ -207,7 +207,7 @@ def vae_loss(decoder, mu, logvar, frames, beta):
     recon_loss = nats / logits[..., 0, 0].numel()  # -E_q[log p(x|z)]
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1).mean()  # KL(q || N(0, I))
     l_vae = recon_loss + beta * kl  # the negative of eq. 2, which prints a bound
-    return l_vae, {"vae/recon_loss": recon_loss, "vae/kl": kl}
+    return l_vae, {"vae/recon_loss": recon_loss.detach(), "vae/kl": kl.detach()}
 
 
 def masked_mean(x, valid):
@@ -243,7 +243,7 @@ def ppo_loss(logits, value, mb, args):
         "losses/approx_kl": masked_mean(kl, valid),
         "losses/clipfrac": masked_mean((ratio - 1).abs() > args.clip_coef, valid),
     }
-    return l_ppo, metrics
+    return l_ppo, {name: x.detach() for name, x in metrics.items()}
 
 
 # ---- Modes: the paper on one screen ----
@@ -453,7 +453,7 @@ def update(agent, optimizer, buffer, args):
     seen = []
     for mb in minibatches(buffer, advantages, returns, args):
         loss, metrics = minibatch_loss(agent, buffer, mb, args)
-        approx_kl = mean_over_ranks(metrics["losses/approx_kl"].detach())
+        approx_kl = mean_over_ranks(metrics["losses/approx_kl"])
         kl_stop = len(seen) > 0 and 0 < args.target_kl < approx_kl.item()  # eq. 4
         if kl_stop:
             break
@@ -516,7 +516,7 @@ def start_process(args):
 def read_metrics(seen, last, device):
     """Means over minibatches and processes, as numbers: an iteration's one wait for the
     device beside those for the KL. Raises UserError where one is not finite."""
-    metrics = {name: torch.stack([m[name].detach() for m in seen]).mean() for name in seen[0]}
+    metrics = {name: torch.stack([m[name] for m in seen]).mean() for name in seen[0]}
     metrics.update(last)
     values = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in metrics.values()]
     numbers = mean_over_ranks(torch.stack(values)).tolist()

@@ -250,9 +250,9 @@ def scaling(own):
 
 
 def memory(own):
-    """Resident memory of the script while it runs (Linux)."""
+    """Resident memory of the script while it runs, the KL ending every update (Linux)."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--mode joint {SMALL} --target-kl 0 --total-timesteps {16 * own.iterations}"
+        flags = f"--mode joint {SMALL} --target-kl 1e-12 --total-timesteps {16 * own.iterations}"
         flags += f" --runs-dir {folder} --run-name memory {own.flags}"
         process = subprocess.Popen([sys.executable, vae_ppo.__file__, *flags.split()], stdout=2)
         samples = []
