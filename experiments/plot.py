@@ -6,13 +6,14 @@
     python -m experiments.plot fig5
     python -m experiments.plot probe
     python -m experiments.plot table
+    python -m experiments.plot overview runs/<pretrain>/checkpoint.pt runs/<joint>/checkpoint.pt
 
 publish: metrics.csv, thinned to 500 rows, and eval.json become results/adapt-10M-seed1.csv and
 .json; --pictures: reconstruction.png, jacobian.png and episode.gif, too; --weights: the weights
 without Adam's state, in half precision, become weights/adapt-10M-seed1.pt. fig3, fig5: scores over
 steps, median of the seeds, their 25-75 % band, every seed thin behind. probe: how the ball enters
 mu, from results/probe.csv. table: each seed, and the median of each model, in Markdown. For other
-models name them: `fig3 adapt-3M adapt`.
+models name them: `fig3 adapt-3M adapt`. overview: the finding in one picture.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 import vae_ppo
-from experiments import guarded
+from experiments import evaluate, guarded
 from vae_ppo import UserError
 
 HERE = Path(__file__).parent
@@ -58,12 +59,8 @@ def read_curves(models=()):
     return {model: curves[model] for model in models or curves if model in curves}
 
 
-def draw(path, curves, ylabel, xscale="linear", **scale):
+def draw_lines(axes, curves, ylabel):
     """One line for each model of {model: [(x, y) of each seed]}, where all its seeds are."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
     for number, (model, seeds) in enumerate(curves.items()):
         style = {"color": f"C{number}"}
         start, end = max(x[0] for x, _ in seeds), min(x[-1] for x, _ in seeds)
@@ -75,10 +72,51 @@ def draw(path, curves, ylabel, xscale="linear", **scale):
         label = f"{model}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
         axes.plot(steps, np.median(values, axis=0), label=label, **style)
     axes.set(xlabel="env steps (4 game frames each)", ylabel=ylabel)
-    axes.set_xscale(xscale, **scale)
     axes.legend()
+
+
+def draw(path, curves, ylabel, xscale="linear", **scale):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    draw_lines(axes, curves, ylabel)
+    axes.set_xscale(xscale, **scale)
     figure.savefig(path, dpi=110)
     print(path)
+
+
+def overview(own):
+    """The finding in one picture: a frame, what the VAE makes of it, where joint's value looks, and
+    Fig. 3. Needs the checkpoints of a pretrain and of a joint run."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle
+
+    _, args, agent = evaluate.load(own.names[1])
+    vae = evaluate.load(own.names[0], mode="pretrain")[2]
+    buffer = vae_ppo.Buffer(agent, 1000, 1, "cpu")
+    vae_ppo.rollout(agent, evaluate.start_games(args, 1, seed=1001), buffer)
+    stacks = buffer.frames[buffer.stack[:-1, 0], 0]  # (1000, num_stack, 84, 84)
+    balls = evaluate.find_balls(stacks[:, -1])
+    rows = balls[:, 0].isfinite().nonzero()[:, 0]
+    t = rows[len(rows) // 2 :][:1]
+    pictures = {
+        "a frame, its ball in the circle": stacks[t, -1] / 255,
+        "the pretrained VAE's picture of it": evaluate.reconstruct(vae, stacks[t, -1]),
+        "what joint's value looks at, in blue": evaluate.in_blue(agent, stacks[t]),
+    }
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    *cells, right = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
+    for axes, (title, picture) in zip(cells, pictures.items(), strict=True):
+        axes.imshow(picture[0], cmap="gray", vmin=0, vmax=1)
+        axes.add_patch(Circle(balls[t[0]], 5, fill=False, color="red"))
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, fontsize=10)
+    runs = read_curves(FIGURES["fig3"][1])
+    lines = {model: [columns[:2] for columns in seeds.values()] for model, seeds in runs.items()}
+    draw_lines(right, lines, "score")
+    figure.savefig(HERE / "overview.png", dpi=100)
+    print(HERE / "overview.png")
 
 
 def scores(own):
@@ -158,11 +196,14 @@ def publish(own):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = {"publish": publish, "fig3": scores, "fig5": scores, "probe": probe, "table": table}
+    commands["overview"] = overview
     parser.add_argument("what", choices=commands)
     parser.add_argument("names", nargs="*", help="publish: folders of runs; else models")
     parser.add_argument("--pictures", action="store_true", help="the pictures, too; publish")
     parser.add_argument("--weights", action="store_true", help="the weights, too; publish")
     own = parser.parse_args()
+    if own.what == "overview" and len(own.names) != 2:
+        parser.error("overview needs two checkpoints, of a pretrain and of a joint run")
     if own.what == "publish" and not own.names:
         parser.error("publish needs the folder of a run, or of several")
     return guarded(commands[own.what], own)
