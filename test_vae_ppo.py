@@ -131,7 +131,7 @@ BAD = [
     ("--mode joint --num-envs 10000000000", "num_envs 10000000000"),
     ("--mode joint --seed -1", "seed -1"),
     ("--mode joint --num-steps 100 --num-minibatches 2", "segment_length num_steps"),
-    ("--mode joint --num-steps 16 --num-minibatches 4", "segment_length num_steps"),
+    ("--mode joint --num-envs 2 --num-steps 8 --num-minibatches 4", "segment_length num_steps"),
     ("--mode joint --num-minibatches 7", "num_minibatches"),
     ("--mode joint --total-timesteps 2047", "total"),
     ("--mode joint --env-id ALE/Breakot-v5", "Breakot `Breakout`"),
