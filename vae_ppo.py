@@ -72,7 +72,7 @@ PPO_FLAGS = [  # fixed, adapt, joint
     ("num_steps", 128, "T, steps of a rollout (authors)"),
     ("num_stack", 4, "frames that the policy sees (paper)"),
     ("num_minibatches", 16, "of an epoch"),
-    ("segment_length", 32, "L, steps in a row in a minibatch"),
+    ("segment_length", 8, "L, steps in a row in a minibatch"),
     ("update_epochs", 4, "passes over a rollout (CleanRL)"),
     ("gamma", 0.99, "discount (authors)"),
     ("gae_lambda", 0.95, "lambda of GAE (authors)"),
@@ -151,19 +151,17 @@ class Agent(nn.Module):
     def __init__(self, num_actions, latent_dim, num_stack):
         super().__init__()
         self.num_stack = num_stack
-        self.encoder = nn.Sequential(  # the Nature CNN (Mnih et al. 2015) on one channel
-            layer_init(nn.Conv2d(1, 32, 8, stride=4)),
+        self.encoder = nn.Sequential(  # the network of A3C (Mnih et al. 2016) on one channel
+            layer_init(nn.Conv2d(1, 16, 8, stride=4)),
             nn.ReLU(),
-            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
-            nn.ReLU(),
-            layer_init(nn.Conv2d(64, 64, 3)),
+            layer_init(nn.Conv2d(16, 32, 4, stride=2)),
             nn.ReLU(),
             nn.Flatten(),
-            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            layer_init(nn.Linear(32 * 9 * 9, 256)),
             nn.ReLU(),
         )
-        self.mu = layer_init(nn.Linear(512, latent_dim), std=1.0)
-        self.logvar = layer_init(nn.Linear(512, latent_dim), std=0.01)
+        self.mu = layer_init(nn.Linear(256, latent_dim), std=1.0)
+        self.logvar = layer_init(nn.Linear(256, latent_dim), std=0.01)
         self.decoder = nn.Sequential(  # z (..., latent_dim) -> logits of p(x|z)
             layer_init(nn.Linear(latent_dim, 256)),
             nn.ReLU(),
@@ -252,7 +250,7 @@ VAE = ("encoder", "mu", "logvar", "decoder")
 MODES = {  # networks that Adam trains, and its default learning rate
     "pretrain": (VAE, 1e-4),  # L_VAE
     "fixed": (POLICY, 1e-3),  # L_PPO; the encoder is that of a pretrained VAE
-    "adapt": (POLICY + ("encoder", "mu"), 2.5e-4),  # L_PPO; trains that encoder on
+    "adapt": (POLICY + ("encoder", "mu"), 5e-4),  # L_PPO; trains that encoder on
     "joint": (POLICY + VAE, 1e-3),  # kappa * L_PPO + L_VAE, from scratch
 }
 
