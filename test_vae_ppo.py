@@ -1167,6 +1167,19 @@ def test_ctrl_c_saves_and_ends_the_program():
     assert load("runs/r")["global_step"] == int(rows_of("runs/r")[-1]["global_step"])
 
 
+def test_ctrl_c_while_frames_are_played_ends_after_an_epoch(monkeypatch):
+    """Ctrl-C before the first iteration is not lost: pretraining ends after one epoch and saves."""
+    real = vae_ppo.collect_frames
+
+    def collect_frames(*inputs):
+        signal.raise_signal(signal.SIGINT)
+        return real(*inputs)
+
+    monkeypatch.setattr(vae_ppo, "collect_frames", collect_frames)
+    assert run_main(tiny("pretrain")) == 130
+    assert load("runs/r")["iteration"] == len(rows_of("runs/r")) == 1
+
+
 def test_a_second_process_in_a_live_run_is_refused(capsys):
     """--resume beside a live run is refused in one sentence and harms nothing; once the first is
     killed, its run goes on."""

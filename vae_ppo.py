@@ -528,6 +528,9 @@ def read_metrics(seen, last, device):
 def train(args):
     """Run a mode from its start, or its checkpoint, to its end. Returns the exit code."""
     device, rank, world = start_process(args)
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # end after the iteration at hand
+        signal.signal(number, lambda number, _: caught.append(number))
     envs, fire = make_envs(args)
     torch.manual_seed(args.seed)
     agent = Agent(int(envs.single_action_space.n), args.latent_dim, args.num_stack).to(device)
@@ -556,9 +559,6 @@ def train(args):
         if args.track:
             track(args)
         log = Log(path.parent, log_size, start * batch, total)
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # end after the iteration at hand
-        signal.signal(number, lambda number, _: caught.append(number))
 
     iteration = start
     for iteration in range(start + 1, num_iterations + 1):
