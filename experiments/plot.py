@@ -13,7 +13,7 @@ publish: metrics.csv, thinned to 500 rows, and eval.json become results/adapt-10
 without Adam's state, in half precision, become weights/adapt-10M-seed1.pt. fig3, fig5: scores over
 steps, median of the seeds, their 25-75 % band, every seed thin behind. probe: how the ball enters
 mu, from results/probe.csv. table: each seed, and the median of each model, in Markdown. For other
-models name them: `fig3 adapt-3M adapt`. overview: the finding in one picture.
+models name them: `fig3 adapt-3M adapt`. overview: the finding in one picture; models as for fig3.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def overview(own):
         axes.add_patch(Circle(balls[t[0]], 5, fill=False, color="red"))
         axes.set(xticks=[], yticks=[])
         axes.set_title(title, fontsize=10)
-    runs = read_curves(FIGURES["fig3"][1])
+    runs = read_curves(own.names[2:] or FIGURES["fig3"][1])
     lines = {model: [columns[:2] for columns in seeds.values()] for model, seeds in runs.items()}
     draw_lines(right, lines, "score")
     figure.savefig(HERE / "overview.png", dpi=100)
@@ -202,7 +202,7 @@ def main():
     parser.add_argument("--pictures", action="store_true", help="the pictures, too; publish")
     parser.add_argument("--weights", action="store_true", help="the weights, too; publish")
     own = parser.parse_args()
-    if own.what == "overview" and len(own.names) != 2:
+    if own.what == "overview" and len(own.names) < 2:
         parser.error("overview needs two checkpoints, of a pretrain and of a joint run")
     if own.what == "publish" and not own.names:
         parser.error("publish needs the folder of a run, or of several")
