@@ -59,6 +59,12 @@ def read_curves(models=()):
     return {model: curves[model] for model in models or curves if model in curves}
 
 
+def score_lines(models):
+    """{model: [(steps, score) of each seed]} of the runs in RESULTS."""
+    runs = read_curves(models)
+    return {model: [columns[:2] for columns in seeds.values()] for model, seeds in runs.items()}
+
+
 def draw_lines(axes, curves, ylabel):
     """One line for each model of {model: [(x, y) of each seed]}, where all its seeds are."""
     for number, (model, seeds) in enumerate(curves.items()):
@@ -112,9 +118,7 @@ def overview(own):
         axes.add_patch(Circle(balls[t[0]], 5, fill=False, color="red"))
         axes.set(xticks=[], yticks=[])
         axes.set_title(title, fontsize=10)
-    runs = read_curves(own.names[2:] or FIGURES["fig3"][1])
-    lines = {model: [columns[:2] for columns in seeds.values()] for model, seeds in runs.items()}
-    draw_lines(right, lines, "score")
+    draw_lines(right, score_lines(own.names[2:] or FIGURES["fig3"][1]), "score")
     figure.savefig(HERE / "overview.png", dpi=100)
     print(HERE / "overview.png")
 
@@ -122,9 +126,7 @@ def overview(own):
 def scores(own):
     """Fig. 3 or Fig. 5: of which models there are no runs, there is no line."""
     picture, models = FIGURES[own.what]
-    runs = read_curves(own.names or models)
-    lines = {model: [columns[:2] for columns in seeds.values()] for model, seeds in runs.items()}
-    draw(HERE / picture, lines, "score, mean of the last 100 games")
+    draw(HERE / picture, score_lines(own.names or models), "score, mean of the last 100 games")
 
 
 def probe(own):
