@@ -179,7 +179,7 @@ def play(own):
     name = "decoded mu" if args.mode != "adapt" else "decoded mu\n(decoder from before adapt)"
     rows = {"frame": frames[t] / 255, name: decoded, "error": (frames[t] / 255 - decoded).abs()}
     draw(folder / "reconstruction.png", title, rows, balls[t])
-    filmed = slice(0, 256)  # 18 seconds, less than 2 MB
+    filmed = slice(0, 200)  # 14 seconds, less than 2 MB
     panels = [frames[filmed] / 255, reconstruct(agent, frames[filmed])]
     panels = [x[..., None].expand(*x.shape, 3) for x in panels]
     if args.mode != "pretrain":

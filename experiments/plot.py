@@ -37,7 +37,7 @@ FIGURES = {
     "fig3": ("learning_curves.png", ["fixed-10M", "adapt-10M", "joint-kappa20-10M"]),
     "fig5": ("kappa.png", ["joint-kappa1-1M", "joint-kappa10-1M", "joint-kappa20-1M"]),
 }
-MARKS = (100_000, 250_000, 1_000_000, 3_000_000)  # steps at which the table has the score
+MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000)  # steps at which the table has the score
 
 
 EVALUATION = ("mean of whole games", "from (95 %)", "to", "IQM")  # by experiments.evaluate
