@@ -125,7 +125,7 @@ BAD = [
     ("--mode joint --learning-rate -1", "learning_rate -1"),
     ("--mode joint --kappa inf", "kappa inf"),
     ("--mode joint --kappa 0", "kappa 0"),
-    ("--mode joint --run-name none --resume", "no run runs/none --resume"),
+    ("--mode joint --run-name none --resume", "runs/none does not exist --resume"),
     ("--mode joint --gamma 1.5", "gamma 1.5"),
     ("--mode joint --num-envs 0", "num_envs 0"),
     ("--mode joint --num-envs 10000000000", "num_envs 10000000000"),
@@ -938,7 +938,7 @@ def test_pretraining_frames_are_those_of_its_player(num_stack, latent_dim, monke
     if num_stack:
         policy = make_agent(num_stack, latent_dim).state_dict()
         saved = vars(make_args("joint", f"--num-stack {num_stack} --latent-dim {latent_dim}"))
-        vae_ppo.save_checkpoint(Path("policy.pt"), weights=policy, args=saved)
+        torch.save({"weights": policy, "args": saved}, "policy.pt")
         flags += " --policy policy.pt"
     calls = []
     spy(monkeypatch, "rollout", lambda *inputs: calls.append(inputs))
@@ -1087,13 +1087,18 @@ def test_resumed_pretraining_is_bitwise_the_uninterrupted(vae_run):
         assert a["vae/recon_loss"] == b["vae/recon_loss"]
 
 
-def test_a_finished_run_says_so_when_it_is_resumed(joint_runs, capsys):
-    """Resuming a finished run names its iterations, ends with 0, and leaves weights and log."""
-    before = rows_of(joint_runs / "a")
-    after = resumed(joint_runs / "a", "r", "--total-timesteps 64")
-    assert "runs/r has 2 of 2 iterations" in capsys.readouterr().out
-    assert same(after["weights"], load(joint_runs / "a")["weights"])
-    assert rows_of("runs/r") == before
+def test_a_finished_run_says_so_when_it_is_resumed(joint_runs, vae_run, capsys, monkeypatch):
+    """Resuming a finished run names its iterations, ends with 0, plays nothing, changes no file."""
+    monkeypatch.delattr(vae_ppo, "rollout")
+    for source, flags in (
+        (joint_runs / "a", tiny("joint", "--total-timesteps 64 --resume", name="joint")),
+        (vae_run, tiny("pretrain", "--resume", name="pretrain")),
+    ):
+        folder = shutil.copytree(source, Path("runs", flags[flags.index("--run-name") + 1]))
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        assert run_main(flags) == 0
+        assert " iterations: it is finished" in capsys.readouterr().out
+        assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("num_minibatches, rate", ((1, 1e38), (2, 1e38), (1, 1e9)))
@@ -1376,19 +1381,23 @@ def test_no_tensor_is_left_on_the_wrong_device(mode, monkeypatch):
 
 
 # ---- Checkpoint and log ----
-def test_a_failed_save_keeps_the_old_checkpoint(monkeypatch):
-    """A disk that fills up while saving leaves the old checkpoint bitwise intact."""
+def test_a_failed_save_keeps_the_old_checkpoint_alone(monkeypatch):
+    """A disk that fills up while saving leaves the old checkpoint bitwise intact, and no other."""
+    agent = make_agent()
+    optimizer = torch.optim.Adam(agent.parameters())
     path = Path("checkpoint.pt")
-    vae_ppo.save_checkpoint(path, weights={"x": torch.ones(9)}, iteration=1)
+    vae_ppo.save_checkpoint(path, agent, optimizer, make_args("joint"), {"iteration": 1})
     old = path.read_bytes()
 
-    def full(descriptor):
+    def full(checkpoint, file):
+        file.write(old[:99])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError):
-        vae_ppo.save_checkpoint(path, weights={"x": torch.zeros(9)}, iteration=2)
+        vae_ppo.save_checkpoint(path, agent, optimizer, make_args("joint"), {"iteration": 2})
     assert path.read_bytes() == old
+    assert list(Path().iterdir()) == [path]
 
 
 class Malicious:
@@ -1501,7 +1510,8 @@ def test_an_existing_run_is_kept(joint_runs, capsys):
 
 def test_a_metric_that_the_first_row_lacks_is_an_error(tmp_path):
     """A metric without a column, or a column without its metric, is an error, not a silent gap."""
-    log = vae_ppo.Log(tmp_path, 0, 0, 100)
+    args = make_args("joint", f"--runs-dir {tmp_path}")
+    log = vae_ppo.Log(args, 0, 0, 100)
     log.write({"losses/a": 1.0}, 10, [])
     with pytest.raises(ValueError, match="global_step"):
         log.write({}, 20, [])
@@ -1509,7 +1519,7 @@ def test_a_metric_that_the_first_row_lacks_is_an_error(tmp_path):
         log.write({"losses/a": 1.0, "losses/b": 2.0}, 20, [])
     size = log.file.tell()
     del log  # gives its lock back
-    log = vae_ppo.Log(tmp_path, size, 10, 100)  # as a resumed run's
+    log = vae_ppo.Log(args, size, 10, 100)  # as a resumed run's
     with pytest.raises(ValueError, match="losses/b"):
         log.write({"losses/a": 1.0, "losses/b": 2.0}, 20, [])
 

@@ -21,7 +21,6 @@ space. Policy gradients sent through the encoder put the ball back.
 import argparse
 import csv
 import fcntl
-import io
 import math
 import os
 import signal
@@ -115,11 +114,10 @@ def parse_args(argv=None):
         high = 1 if name in ("gamma", "gae_lambda", "repeat_action_probability") else 1e9
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"{name} must be a number from {low} to {high:g}, not {value}")
-    if not args.vae and "decoder" not in networks:
+    if "decoder" not in networks and not args.vae:
         parser.error(f"--mode {args.mode} needs --vae, a checkpoint of --mode pretrain")
     segments = args.num_steps // args.segment_length * args.num_envs
-    uneven = args.num_steps % args.segment_length or segments % args.num_minibatches
-    if uneven and "actor" in networks:
+    if args.num_steps % args.segment_length or segments % args.num_minibatches:
         parser.error("segment_length must divide num_steps, num_minibatches the segments")
     if args.kappa == 0:
         parser.error("kappa must be above 0: a small one leaves the VAE to itself")
@@ -131,10 +129,9 @@ def parse_args(argv=None):
     folder = Path(args.runs_dir, args.run_name)
     if folder.name != args.run_name or args.run_name == "..":
         parser.error(f"--run-name must be the name of a folder, not {args.run_name}")
-    if folder.exists() and not args.resume:
-        parser.error(f"{folder} exists: add --resume, or choose another --run-name")
-    if args.resume and not folder.exists():
-        parser.error(f"there is no run {folder} to resume: leave out --resume")
+    if folder.exists() != args.resume:
+        how = "does not exist: leave out" if args.resume else "exists: add"
+        parser.error(f"{folder} {how} --resume, or choose another --run-name")
     return args
 
 
@@ -525,6 +522,18 @@ def read_metrics(seen, last, device):
     return dict(zip(metrics, numbers, strict=True))
 
 
+def make_agent(args, num_actions, device):
+    """The networks, and Adam for those that the mode trains. Returns both."""
+    torch.manual_seed(args.seed)
+    agent = Agent(num_actions, args.latent_dim, args.num_stack).to(device)
+    if args.compile:
+        for network in agent.children():
+            network.compile()
+    networks, _ = MODES[args.mode]
+    parameters = [p for name in networks for p in getattr(agent, name).parameters()]
+    return agent, torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+
+
 def train(args):
     """Run a mode from its start, or its checkpoint, to its end. Returns the exit code."""
     device, rank, world = start_process(args)
@@ -532,38 +541,30 @@ def train(args):
     for number in (signal.SIGINT, signal.SIGTERM):  # end after the iteration at hand
         signal.signal(number, lambda number, _: caught.append(number))
     envs, fire = make_envs(args)
-    torch.manual_seed(args.seed)
-    agent = Agent(int(envs.single_action_space.n), args.latent_dim, args.num_stack).to(device)
-    networks, _ = MODES[args.mode]
-    parameters = [p for name in networks for p in getattr(agent, name).parameters()]
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
     path = Path(args.runs_dir, args.run_name, "checkpoint.pt")
     start, scores, log_size = restore(agent, optimizer, args, path)
-    if args.compile:
-        for network in agent.children():
-            network.compile()
-    if args.mode == "pretrain":
-        games = Games(envs, fire, reseed(args, rank, 0))  # resumed, it plays the same frames
-        frames = collect_frames(args, games, device)
-        batch, num_iterations = args.num_frames * world, args.vae_epochs
-    else:
-        games = Games(envs, fire, reseed(args, rank, start), scores)
-        buffer = Buffer(agent, args.num_steps, args.num_envs, device)
-        batch = args.num_envs * args.num_steps * world
-        num_iterations = args.total_timesteps // batch
+    pretrain = args.mode == "pretrain"
+    batch = (args.num_frames if pretrain else args.num_envs * args.num_steps) * world
+    num_iterations = args.vae_epochs if pretrain else args.total_timesteps // batch
     if num_iterations == 0:
         raise UserError(f"--total-timesteps must be at least one rollout, {batch} steps")
-    total = num_iterations * batch
+    if start >= num_iterations:
+        print(f"{path.parent} has {start} of {num_iterations} iterations: it is finished")
+        return 0
+    seeds = reseed(args, rank, 0 if pretrain else start)  # resumed, it has the same frames
+    games = Games(envs, fire, seeds, scores)
+    if pretrain:
+        frames = collect_frames(args, games, device)
+    else:
+        buffer = Buffer(agent, args.num_steps, args.num_envs, device)
     if rank == 0:
-        print(f"{args.mode} on {args.env_id}, {device} x {world}, {total} steps", flush=True)
-        if args.track:
-            track(args)
-        log = Log(path.parent, log_size, start * batch, total)
+        log = Log(args, log_size, start * batch, num_iterations * batch)
+        print(f"{args.mode} on {args.env_id}, {device} x {world}", flush=True)
 
-    iteration = start
     for iteration in range(start + 1, num_iterations + 1):
         reseed(args, rank, iteration)
-        if args.mode == "pretrain":
+        if pretrain:
             seen, last = pretrain_epoch(agent, optimizer, frames, args), {}
         else:
             if args.anneal_lr:
@@ -575,24 +576,17 @@ def train(args):
         last["signals"] = len(caught)
         metrics = read_metrics(seen, last, device)
         ending = metrics.pop("signals") > 0 or iteration == num_iterations
-        metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
         if rank == 0:
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             log.write(metrics, iteration * batch, games.scores)
             if ending or iteration % args.checkpoint_every == 0:
-                save_checkpoint(
-                    path,
-                    weights=agent.state_dict(),
-                    optimizer=optimizer.state_dict(),
-                    args=vars(args),
-                    iteration=iteration,
-                    global_step=iteration * batch,
-                    scores=list(games.scores),
-                    log_size=log.file.tell(),
-                )
+                progress = {"iteration": iteration, "global_step": iteration * batch}
+                progress["scores"] = list(games.scores)
+                progress["log_size"] = log.file.tell()
+                save_checkpoint(path, agent, optimizer, args, progress)
         if ending:
             break
-    if rank == 0:
-        print(f"{path.parent} has {iteration} of {num_iterations} iterations of {batch} steps")
+    print(f"{path.parent} has {iteration} of {num_iterations} iterations")
     return 128 + caught[0] if caught else 0
 
 
@@ -630,16 +624,17 @@ def restore(agent, optimizer, args, path):
     return 0, [], 0
 
 
-def save_checkpoint(path, **checkpoint):
+def save_checkpoint(path, agent, optimizer, args, progress):
     """Replace the checkpoint as a whole, or not at all."""
-    data = io.BytesIO()
-    torch.save(checkpoint, data)
+    checkpoint = {"weights": agent.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint.update(args=vars(args), **progress)
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(data.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def track(args):
@@ -657,7 +652,10 @@ def track(args):
 class Log:
     """metrics.csv, by which it locks the run; TensorBoard; the progress bar."""
 
-    def __init__(self, folder, size, global_step, total):
+    def __init__(self, args, size, global_step, total):
+        if args.track:
+            track(args)
+        folder = Path(args.runs_dir, args.run_name)
         folder.mkdir(parents=True, exist_ok=True)
         self.file = (folder / "metrics.csv").open("a+", newline="", buffering=1)
         try:
