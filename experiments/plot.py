@@ -1,148 +1,121 @@
 """The figures and tables of experiments/results/, and how a run gets there.
 
     pip install matplotlib==3.11.2
-    python -m experiments.plot publish runs/Breakout-adapt-10M-seed1 --pictures
+    python -m experiments.plot publish runs/Breakout-adapt-10M-seed1 --pictures --weights
     python -m experiments.plot fig3
     python -m experiments.plot fig5
     python -m experiments.plot probe
     python -m experiments.plot table
     python -m experiments.plot overview runs/<pretrain>/checkpoint.pt runs/<joint>/checkpoint.pt
 
-publish: metrics.csv, thinned to 500 rows, and eval.json become results/adapt-10M-seed1.csv and
-.json; --pictures: reconstruction.png, jacobian.png and episode.gif, too; --weights: the weights
-without Adam's state, in half precision, become weights/adapt-10M-seed1.pt. fig3, fig5: scores over
-steps, median of the seeds, their 25-75 % band, every seed thin behind. probe: how the ball enters
-mu, from results/probe.csv. table: each seed, and the median of each model, in Markdown. For other
-models name them: `fig3 adapt-3M adapt`. overview: the finding in one picture; models as for fig3.
+fig3, fig5, table and overview take the names of other models, too: `fig3 adapt-3M adapt`.
 """
 
-import argparse
 import csv
 import json
-import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import vae_ppo
-from experiments import evaluate, guarded
-from vae_ppo import UserError
+from experiments import UserError, evaluate, main
+from vae_ppo import load_checkpoint
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-FIGURES = {
-    "fig3": ("learning_curves.png", ["fixed-10M", "adapt-10M", "joint-kappa20-10M"]),
-    "fig5": ("kappa.png", ["joint-kappa1-1M", "joint-kappa10-1M", "joint-kappa20-1M"]),
-}
+FIG3 = ("fixed-10M", "adapt-10M", "joint-kappa20-10M")
+FIG5 = ("joint-kappa1-1M", "joint-kappa10-1M", "joint-kappa20-1M")
 MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000)  # steps at which the table has the score
 
 
-EVALUATION = ("mean of whole games", "from (95 %)", "to", "IQM")  # by experiments.evaluate
-
-
-def read_curves(models=()):
-    """{model: {seed: its CSV's columns}} of the runs in RESULTS, as arrays."""
+def read_curves(models):
+    """{model: {seed: steps, scores, steps/s}} of these models, or of all but the VAEs."""
     curves = {}
     for path in sorted(RESULTS.glob("*-seed*.csv")):
-        model, seed = re.fullmatch(r"(.+)-seed(\d+)", path.stem).groups()
-        if model in models or not models and not model.startswith("pretrain"):
-            with path.open() as file:
-                rows = [row for row in csv.DictReader(file) if row["charts/episodic_return"]]
-            names = ("global_step", "charts/episodic_return", "charts/SPS")
-            columns = [np.array([float(row[name]) for row in rows]) for name in names]
-            curves.setdefault(model, {})[seed] = columns
+        model, seed = path.stem.split("-seed")
+        if model in models or not (models or model.startswith("pretrain")):
+            columns = np.genfromtxt(path, delimiter=",", skip_header=1, usecols=(0, 1, 2)).T
+            curves.setdefault(model, {})[seed] = columns[:, np.isfinite(columns[1])]
     if not curves:
         raise UserError(f"there is no run of {', '.join(models)} in {RESULTS}")
     return {model: curves[model] for model in models or curves if model in curves}
 
 
-def score_lines(models):
-    """{model: [(steps, score) of each seed]} of the runs in RESULTS."""
-    runs = read_curves(models)
-    return {model: [columns[:2] for columns in seeds.values()] for model, seeds in runs.items()}
-
-
 def draw_lines(axes, curves, ylabel):
-    """One line for each model of {model: [(x, y) of each seed]}, where all its seeds are."""
+    """For each model the median of its seeds, their 25-75 % band, every seed thin behind."""
     for number, (model, seeds) in enumerate(curves.items()):
-        style = {"color": f"C{number}"}
-        start, end = max(x[0] for x, _ in seeds), min(x[-1] for x, _ in seeds)
-        steps = np.unique([x for x in np.concatenate([x for x, _ in seeds]) if start <= x <= end])
-        values = np.array([np.interp(steps, x, y) for x, y in seeds])
-        for x, y in seeds:
-            axes.plot(x, y, alpha=0.25, linewidth=0.8, **style)
-        axes.fill_between(steps, *np.quantile(values, [0.25, 0.75], axis=0), alpha=0.2, **style)
-        label = f"{model}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-        axes.plot(steps, np.median(values, axis=0), label=label, **style)
+        lines = [columns[:2] for columns in seeds.values()]
+        start, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
+        steps = np.unique(np.concatenate([x for x, _ in lines]))
+        steps = steps[(start <= steps) & (steps <= end)]  # where all seeds are
+        values = [np.interp(steps, x, y) for x, y in lines]
+        low, median, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+        color = f"C{number}"
+        for x, y in lines:
+            axes.plot(x, y, alpha=0.25, linewidth=0.8, color=color)
+        axes.fill_between(steps, low, high, alpha=0.2, color=color)
+        label = f"{model}, {len(lines)} seed{'s' if len(lines) > 1 else ''}"
+        axes.plot(steps, median, label=label, color=color)
     axes.set(xlabel="env steps (4 game frames each)", ylabel=ylabel)
     axes.legend()
 
 
-def draw(path, curves, ylabel, xscale="linear", **scale):
+def draw(name, curves, ylabel, xscale="linear", **scale):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     draw_lines(axes, curves, ylabel)
     axes.set_xscale(xscale, **scale)
-    figure.savefig(path, dpi=110)
-    print(path)
+    figure.savefig(HERE / name, dpi=110)
+    print(HERE / name)
 
 
-def overview(own):
+def fig3(models: list = FIG3):
+    """Scores over steps, of the models of which there are runs."""
+    draw("learning_curves.png", read_curves(models), "score, mean of the last 100 games")
+
+
+def fig5(models: list = FIG5):
+    """The same of joint with several kappas."""
+    draw("kappa.png", read_curves(models), "score, mean of the last 100 games")
+
+
+def probe():
+    """How the ball enters mu: R^2 of its place over steps, from results/probe.csv."""
+    curves = {}
+    rows = list(csv.DictReader((RESULTS / "probe.csv").read_text().splitlines()))
+    for run in dict.fromkeys(row["run"] for row in rows if row["mode"] != "pretrain"):
+        model = run.removeprefix("Breakout-").split("-seed")[0]
+        points = [
+            (float(row["global_step"]), float(row["r2"])) for row in rows if row["run"] == run
+        ]
+        curves.setdefault(model, {})[run] = np.array(sorted(points)).T
+    draw("probe.png", curves, "R^2 of the ball's place from mu", "symlog", linthresh=1e5)
+
+
+def overview(pretrain, joint, models: list = FIG3):
     """The finding in one picture: a frame, what the VAE makes of it, where joint's value looks, and
     Fig. 3. Needs the checkpoints of a pretrain and of a joint run."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Circle
 
-    _, args, agent = evaluate.load(own.names[1])
-    vae = evaluate.load(own.names[0], mode="pretrain")[2]
-    buffer = vae_ppo.Buffer(agent, 1000, 1, "cpu")
-    vae_ppo.rollout(agent, evaluate.start_games(args, 1, seed=1001), buffer)
-    stacks = buffer.frames[buffer.stack[:-1, 0], 0]  # (1000, num_stack, 84, 84)
-    balls = evaluate.find_balls(stacks[:, -1])
-    rows = balls[:, 0].isfinite().nonzero()[:, 0]
+    args, agent = evaluate.load(joint)
+    _, vae = evaluate.load(pretrain, mode="pretrain")
+    stacks, balls, rows = evaluate.watch(agent, evaluate.new_games(args, 1, seed=1001), 1000)
     t = rows[len(rows) // 2 :][:1]
-    pictures = {
-        "a frame, its ball in the circle": stacks[t, -1] / 255,
-        "the pretrained VAE's picture of it": evaluate.reconstruct(vae, stacks[t, -1]),
-        "what joint's value looks at, in blue": evaluate.in_blue(agent, stacks[t]),
-    }
+    frame, _, blue = evaluate.see(agent, stacks[t])
+    _, decoded, _ = evaluate.see(vae, stacks[t, -1:].expand(-1, vae.num_stack, -1, -1))
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     *cells, right = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
-    for axes, (title, picture) in zip(cells, pictures.items(), strict=True):
-        axes.imshow(picture[0], cmap="gray", vmin=0, vmax=1)
-        axes.add_patch(Circle(balls[t[0]], 5, fill=False, color="red"))
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(title, fontsize=10)
-    draw_lines(right, score_lines(own.names[2:] or FIGURES["fig3"][1]), "score")
+    for axes, picture in zip(cells, (frame, decoded, blue), strict=True):
+        evaluate.show(axes, picture[0], balls[t[0]])
+    cells[0].set_title("a frame, its ball in the circle", fontsize=10)
+    cells[1].set_title("the pretrained VAE's picture of it", fontsize=10)
+    cells[2].set_title("what joint's value looks at, in blue", fontsize=10)
+    draw_lines(right, read_curves(models), "score")
     figure.savefig(HERE / "overview.png", dpi=100)
     print(HERE / "overview.png")
-
-
-def scores(own):
-    """Fig. 3 or Fig. 5: of which models there are no runs, there is no line."""
-    picture, models = FIGURES[own.what]
-    draw(HERE / picture, score_lines(own.names or models), "score, mean of the last 100 games")
-
-
-def probe(own):
-    """R^2 of the ball's place from mu, over steps."""
-    runs = {}
-    with (RESULTS / "probe.csv").open() as file:
-        for row in csv.DictReader(file):
-            if row["mode"] != "pretrain":
-                point = (float(row["global_step"]), float(row["r2"]))
-                runs.setdefault(row["run"], []).append(point)
-    lines = {}
-    for run, points in runs.items():
-        model = re.sub(r"^Breakout-|-seed\d+$", "", run)
-        lines.setdefault(model, []).append(np.array(sorted(points)).T)
-    label = "R^2 of the ball's place from mu"
-    draw(HERE / "probe.png", lines, label, xscale="symlog", linthresh=1e5)
 
 
 def row(*texts, numbers=()):
@@ -150,44 +123,47 @@ def row(*texts, numbers=()):
     print(f"| {' | '.join(cells)} |")
 
 
-def table(own):
-    """Time is that of all steps at the logged speeds, of which a published CSV has a sample."""
-    marks = [f"at {steps / 1e6:g}M" for steps in MARKS]
-    row("model", "seed", "steps", *marks, "at the end", "hours", *EVALUATION)
-    row(*["---"] * (len(MARKS) + 5 + len(EVALUATION)))
-    for model, seeds in read_curves(own.names).items():
-        all_numbers = []
+def table(models: list = ()):
+    """Each seed, and the median of each model where all its seeds are, in Markdown. Hours are those
+    of all steps at the logged speeds, of which a published CSV has a sample."""
+    columns = ["model", "seed", "steps", *[f"at {steps / 1e6:g}M" for steps in MARKS]]
+    columns += ["at the end", "hours", "mean of whole games", "from (95 %)", "to", "IQM"]
+    row(*columns)
+    row(*["---"] * len(columns))
+    for model, seeds in read_curves(models).items():
+        found = []
         for seed, (steps, scores, speed) in seeds.items():
             numbers = [*np.interp(MARKS, steps, scores, right=np.nan), scores[-1]]
-            numbers.append(steps[-1] * np.mean(1 / speed) / 3600)
-            all_numbers.append(numbers)
+            found.append([*numbers, steps[-1] * np.mean(1 / speed) / 3600])
             path = RESULTS / f"{model}-seed{seed}.json"
-            if path.exists():
-                facts = json.loads(path.read_text())
-                numbers = numbers + [facts["mean"], *facts["interval"], facts["iqm"]]
-            row(model, seed, f"{int(steps[-1]):,}", numbers=numbers)
+            facts = json.loads(path.read_text()) if path.exists() else {}
+            games = [facts["mean"], *facts["interval"], facts["iqm"]] if facts else []
+            row(model, seed, f"{steps[-1]:,.0f}", numbers=found[-1] + games)
+        median = np.median(found, axis=0)
+        if len({steps[-1] for steps, _, _ in seeds.values()}) > 1:
+            median[-2:] = np.nan  # no two ends are the same
         if len(seeds) > 1:
-            row(model, "median", "", numbers=np.median(all_numbers, axis=0))
+            row(model, "median", "", numbers=median)
 
 
-def publish(own):
-    """Copy what is published of each run, named as the run without its game."""
-    for folder in map(Path, own.names):
+def publish(folders: list, pictures=False, weights=False):
+    """Copy metrics.csv, thinned to 500 rows, and eval.json of each run to results/, under its name
+    without the game; --pictures: its pictures, too; --weights: its weights, without Adam's state
+    and in half precision, to weights/."""
+    for folder in map(Path, folders):
         name = folder.name.removeprefix("Breakout-")
-        with (folder / "metrics.csv").open() as file:
-            header, *rows = csv.reader(file)
+        header, *rows = (folder / "metrics.csv").read_bytes().splitlines(keepends=True)
         every = -(-len(rows) // 500)
-        with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([header, *rows[::-1][::every][::-1]])  # the last row stays
+        thinned = rows[(len(rows) - 1) % every :: every]  # the last row stays
+        (RESULTS / f"{name}.csv").write_bytes(b"".join([header, *thinned]))
         copies = {"eval.json": f"{name}.json"}
-        if own.pictures:
-            for picture in ("reconstruction.png", "jacobian.png", "episode.gif"):
-                copies[picture] = f"{name}-{picture}"
+        for picture in ("reconstruction.png", "jacobian.png", "episode.gif") if pictures else ():
+            copies[picture] = f"{name}-{picture}"
         for source, target in copies.items():
             if (folder / source).exists():
                 shutil.copyfile(folder / source, RESULTS / target)
-        if own.weights:
-            saved = vae_ppo.load_checkpoint(folder / "checkpoint.pt")
+        if weights:
+            saved = load_checkpoint(folder / "checkpoint.pt")
             saved["weights"] = {key: x.half() for key, x in saved["weights"].items()}
             del saved["optimizer"]
             (HERE / "weights").mkdir(exist_ok=True)
@@ -195,21 +171,5 @@ def publish(own):
         print(RESULTS / f"{name}.csv")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = {"publish": publish, "fig3": scores, "fig5": scores, "probe": probe, "table": table}
-    commands["overview"] = overview
-    parser.add_argument("what", choices=commands)
-    parser.add_argument("names", nargs="*", help="publish: folders of runs; else models")
-    parser.add_argument("--pictures", action="store_true", help="the pictures, too; publish")
-    parser.add_argument("--weights", action="store_true", help="the weights, too; publish")
-    own = parser.parse_args()
-    if own.what == "overview" and len(own.names) < 2:
-        parser.error("overview needs two checkpoints, of a pretrain and of a joint run")
-    if own.what == "publish" and not own.names:
-        parser.error("publish needs the folder of a run, or of several")
-    return guarded(commands[own.what], own)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    main(__doc__, publish, fig3, fig5, probe, table, overview)
