@@ -779,6 +779,25 @@ def test_minibatches_see_the_stacks_of_the_rollout(mode, monkeypatch):
     assert shares == [24, 24]
 
 
+@pytest.mark.parametrize("num_stack", (1, 4))
+def test_joint_has_the_loss_of_the_plain_way(num_stack):
+    """The benchmark's naive loss, which encodes every stack, is the script's. Of stacks only PPO's
+    part is, since the naive L_VAE counts a frame as often as it is in one."""
+    benchmark = pytest.importorskip("experiments.benchmark")
+    agent = make_agent(num_stack)
+    buffer, _ = play(agent)
+    args = make_args("joint", f"--num-stack {num_stack}")
+    mb = one_minibatch(buffer, args)
+    torch.manual_seed(0)
+    loss, metrics = vae_ppo.minibatch_loss(agent, buffer, mb, args)
+    torch.manual_seed(0)
+    plain_loss, plain_metrics = benchmark.naive_loss(agent, buffer, mb, args)
+    if num_stack == 1:
+        torch.testing.assert_close(loss, plain_loss)
+    for name, x in plain_metrics.items():
+        torch.testing.assert_close(metrics[name], x, rtol=1e-4, atol=1e-5)
+
+
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 9), st.data())
 def test_minibatches_cover_each_step_once(L, pieces, N, seed, data):
     """An epoch has every step of every game once, each with what belongs to it."""

@@ -41,12 +41,3 @@ def main(doc, *commands):
     except (UserError, gym.error.Error, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def guarded(program, *inputs):
-    """Run it. What the user can mend becomes one sentence. Returns the exit code."""
-    try:
-        return program(*inputs) or 0
-    except (UserError, gym.error.Error, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
