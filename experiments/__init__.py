@@ -35,7 +35,7 @@ def main(doc, *commands):
     inputs = vars(parser.parse_args(only + sys.argv[1:]))
     for name, value in inputs.items():
         if type(value) is int and (value < 0 or value == 0 and name != "seed"):
-            parser.error(f"--{name} must be above 0")
+            parser.error(f"--{name} {value} is too small")
     try:
         sys.exit(inputs.pop("command")(**inputs))
     except (UserError, gym.error.Error, OSError, ImportError) as error:
