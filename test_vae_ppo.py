@@ -1598,7 +1598,29 @@ def test_wandb_is_told_the_metrics(monkeypatch):
     assert path.read_bytes().count(b"vae/recon_loss") >= 2
 
 
-# ---- README ----
+# ---- README and published weights ----
+WEIGHTS = {  # file of experiments/weights/, and what it is for
+    "pretrain-seed1.pt": ("fixed", "adapt"),
+    "joint-kappa20-1M-seed1.pt": ("pretrain",),
+}
+
+
+@pytest.mark.skipif(not (HERE / "experiments").exists(), reason="only the repository has them")
+@pytest.mark.parametrize("name, mode", [(name, mode) for name in WEIGHTS for mode in WEIGHTS[name]])
+def test_published_weights_serve(name, mode):
+    """fixed and adapt start from the published VAE, and pretrain's frames are played by the
+    published agents: each run ends well, with weights that came from the file."""
+    path = HERE / "experiments/weights" / name
+    assert path.stat().st_size < 5e6
+    flags = f"--policy {path}" if mode == "pretrain" else ""
+    assert run_main(tiny(mode, flags, vae=path)) == 0
+    published = torch.load(path, weights_only=True)["weights"]
+    assert all(x.dtype == torch.float16 for x in published.values())
+    if mode == "fixed":
+        decoder = "decoder.2.weight"
+        assert torch.equal(load("runs/r")["weights"][decoder], published[decoder].float())
+
+
 def commands():
     """The arguments of each call in the README's code blocks and in the script's docstring."""
     text = (HERE / "README.md").read_text()
@@ -1610,12 +1632,13 @@ def commands():
 
 def test_every_command_is_read_and_finds_what_another_left():
     """Every command of the README and of the script's docstring is one that the script takes, and
-    each checkpoint that it names is that of a run that another command makes."""
+    each checkpoint that it names is published, or that of a run that another command makes."""
     Path("runs/Breakout-joint-kappa20-seed1").mkdir(parents=True)  # which one command resumes
     runs = [vae_ppo.parse_args(argv) for argv in commands() if "--resume" in argv]
     Path("runs/Breakout-joint-kappa20-seed1").rmdir()
     runs += [vae_ppo.parse_args(argv) for argv in commands() if "--resume" not in argv]
     left = {f"{run.runs_dir}/{run.run_name}/checkpoint.pt" for run in runs}
+    left |= {f"experiments/weights/{name}" for name in WEIGHTS}
     assert {run.mode for run in runs} == set(TRAINED)
     assert {run.vae or run.policy for run in runs} <= {"", *left}
 

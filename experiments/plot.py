@@ -12,9 +12,11 @@ fig3, fig5, table and overview take the names of other models, too: `fig3 adapt-
 """
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
@@ -149,7 +151,7 @@ def table(models: list = ()):
 def publish(folders: list, pictures=False, weights=False):
     """Copy metrics.csv, thinned to 500 rows, and eval.json of each run to results/, under its name
     without the game; --pictures: its pictures, too; --weights: its weights, without Adam's state
-    and in half precision, to weights/."""
+    and in half precision and compressed, to weights/."""
     for folder in map(Path, folders):
         name = folder.name.removeprefix("Breakout-")
         header, *rows = (folder / "metrics.csv").read_bytes().splitlines(keepends=True)
@@ -163,11 +165,15 @@ def publish(folders: list, pictures=False, weights=False):
             if (folder / source).exists():
                 shutil.copyfile(folder / source, RESULTS / target)
         if weights:
+            path = HERE / "weights" / f"{name}.pt"
             saved = load_checkpoint(folder / "checkpoint.pt")
             saved["weights"] = {key: x.half() for key, x in saved["weights"].items()}
             del saved["optimizer"]
-            (HERE / "weights").mkdir(exist_ok=True)
-            torch.save(saved, HERE / "weights" / f"{name}.pt")
+            data = io.BytesIO()
+            torch.save(saved, data)
+            with ZipFile(data) as plain, ZipFile(path, "w", ZIP_DEFLATED) as small:
+                for entry in plain.namelist():
+                    small.writestr(entry, plain.read(entry))
         print(RESULTS / f"{name}.csv")
 
 
