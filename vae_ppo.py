@@ -29,6 +29,8 @@ import time
 from collections import deque
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # idle, torch's threads leave the emulator's alone
+
 import ale_py
 import gymnasium as gym
 import numpy as np
