@@ -555,7 +555,7 @@ def train(args):
         print(f"{path.parent} has {start} of {num_iterations} iterations: it is finished")
         return 0
     seeds = reseed(args, rank, 0 if pretrain else start)  # resumed, it has the same frames
-    games = Games(envs, fire, seeds, scores)
+    games = Games(envs, fire, seeds, () if pretrain else scores)
     if pretrain:
         frames = collect_frames(args, games, device)
     else:
@@ -588,7 +588,8 @@ def train(args):
                 save_checkpoint(path, agent, optimizer, args, progress)
         if ending:
             break
-    print(f"{path.parent} has {iteration} of {num_iterations} iterations")
+    if rank == 0:
+        print(f"{path.parent} has {iteration} of {num_iterations} iterations")
     return 128 + caught[0] if caught else 0
 
 
@@ -634,6 +635,8 @@ def save_checkpoint(path, agent, optimizer, args, progress):
     try:
         with temporary.open("wb") as file:
             torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
