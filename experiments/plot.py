@@ -135,7 +135,8 @@ def table(models: list = ()):
     for model, seeds in read_curves(models).items():
         found = []
         for seed, (steps, scores, speed) in seeds.items():
-            numbers = [*np.interp(MARKS, steps, scores, right=np.nan), scores[-1]]
+            reached = np.array(MARKS) < 1.001 * steps[-1]  # to a rollout
+            numbers = [*np.where(reached, np.interp(MARKS, steps, scores), np.nan), scores[-1]]
             found.append([*numbers, steps[-1] * np.mean(1 / speed) / 3600])
             path = RESULTS / f"{model}-seed{seed}.json"
             facts = json.loads(path.read_text()) if path.exists() else {}

@@ -3,9 +3,9 @@
     python -m experiments.run_all --total-timesteps 10000000 --only fixed adapt joint-kappa20
     python -m experiments.run_all --total-timesteps 1000000 --only joint-kappa1 joint-kappa10
 
-A policy for the data, then the VAE's pretraining, then the models. Each run is of one length, which
-its name tells: runs/Breakout-adapt-10M-seed1. Ctrl-C or SIGTERM saves all and ends; the same
-command goes on. The first checkpoints after 100 000 and 1M steps are kept, for the probe.
+fixed and adapt start from the published VAE. Each run is of one length, which its name tells:
+runs/Breakout-adapt-10M-seed1. Ctrl-C or SIGTERM saves all and ends; the same command goes on. The
+first checkpoints after 100 000 and 1M steps are kept, for the probe.
 """
 
 import itertools
@@ -21,11 +21,10 @@ from pathlib import Path
 import vae_ppo
 from experiments import UserError, main
 
-DATA = "policy-for-data"
-VAE = "Breakout-pretrain-seed1"
+VAE = "experiments/weights/pretrain-seed1.pt"
 MODELS = {
-    "fixed": f"--mode fixed --vae runs/{VAE}/checkpoint.pt",
-    "adapt": f"--mode adapt --vae runs/{VAE}/checkpoint.pt",
+    "fixed": f"--mode fixed --vae {VAE}",
+    "adapt": f"--mode adapt --vae {VAE}",
     "joint-kappa20": "--mode joint --kappa 20",
     "joint-kappa1": "--mode joint --kappa 1",
     "joint-kappa10": "--mode joint --kappa 10",
@@ -76,16 +75,13 @@ def run_all(only=tuple(MODELS), seeds=(1, 2, 3), total_timesteps=10_000_000, pro
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.set())
     Path("runs").mkdir(exist_ok=True)
-    cores = os.cpu_count()
-    if "fixed" in only or "adapt" in only:
-        run(DATA, "--mode joint --seed 11 --total-timesteps 500000", cores)
-        run(VAE, f"--mode pretrain --policy runs/{DATA}/checkpoint.pt", cores)
+    threads = max(1, os.cpu_count() // processes)
     runs = []
     with ThreadPoolExecutor(processes) as pool:
         for seed, model in itertools.product(seeds, only):
             name = f"Breakout-{model}-{total_timesteps / 1e6:g}M-seed{seed}"
             flags = f"{MODELS[model]} --seed {seed} --total-timesteps {total_timesteps}"
-            runs.append(pool.submit(run, name, flags, max(1, cores // processes)))
+            runs.append(pool.submit(run, name, flags, threads))
     for future in runs:
         future.result()
     return 130 if stop.is_set() else 0
