@@ -43,7 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ---- Arguments ----
-FLAGS = {  # by the modes that use them: name, default, meaning ("authors": their code)
+FLAGS = {  # by mode: name, default, what it is ("authors": as in their code)
     "pretrain, fixed, adapt, joint": [
         ("env_id", "ALE/Breakout-v5", "any ALE/*-v5 game (paper)"),
         ("seed", 1, "of weights, actions and games"),
@@ -51,8 +51,8 @@ FLAGS = {  # by the modes that use them: name, default, meaning ("authors": thei
         ("compile", False, "torch.compile the networks"),
         ("torch_deterministic", True, "CUDA kernels that repeat"),
         ("runs_dir", "runs", "where runs are kept"),
-        ("run_name", "", "folder in it; by default made of game, mode, kappa and seed"),
-        ("resume", False, "go on from the run's checkpoint, with new games"),
+        ("run_name", "", "folder in it; default: of game, mode, kappa and seed"),
+        ("resume", False, "go on from the checkpoint, with new games"),
         ("checkpoint_every", 20, "iterations"),
         ("track", False, "log to Weights & Biases, too"),
         ("learning_rate", 0.0, "of Adam; 0: that of the mode, see MODES"),
@@ -62,7 +62,7 @@ FLAGS = {  # by the modes that use them: name, default, meaning ("authors": thei
         ("latent_dim", 20, "numbers in z (authors)"),
     ],
     "pretrain": [
-        ("policy", "", "checkpoint of who plays, by default chance"),
+        ("policy", "", "checkpoint of who plays; else chance does"),
         ("num_frames", 25_000, "to play (paper)"),
         ("vae_epochs", 20, "passes over these frames"),
     ],
@@ -107,7 +107,8 @@ def parse_args(argv=None):
             how = {"type": type(default)}
             if isinstance(default, bool):
                 how = {"action": argparse.BooleanOptionalAction}
-            group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+            how.update(default=default, help=text)
+            group.add_argument("--" + name.replace("_", "-"), **how)
     args = parser.parse_args(argv)
     for modes, flags in FLAGS.items():
         for name, default, _ in flags:
@@ -206,7 +207,7 @@ def vae_loss(decoder, mu, logvar, frames, beta):
     nats = F.binary_cross_entropy_with_logits(logits, frames / 255, reduction="sum")
     recon_loss = nats / logits[..., 0, 0].numel()  # -E_q[log p(x|z)]
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1).mean()  # KL(q || N(0, I))
-    l_vae = recon_loss + beta * kl  # the negative of eq. 2, which prints a bound
+    l_vae = recon_loss + beta * kl  # eq. 2, negated: a loss
     return l_vae, {"vae/recon_loss": recon_loss.detach(), "vae/kl": kl.detach()}
 
 
@@ -216,8 +217,8 @@ def masked_mean(x, valid):
 
 
 def ppo_loss(logits, value, mb, args):
-    """L_PPO and metrics. logits (..., num_actions) and value (...) are the networks' now, `mb`
-    has those of the rollout."""
+    """L_PPO and metrics, of logits (..., num_actions) and value (...) now, and of those of
+    the rollout in `mb`."""
     pi = Categorical(logits=logits)
     pi_old = Categorical(logits=mb["logits"])
     valid = mb["valid"]
@@ -268,8 +269,8 @@ def minibatch_loss(agent, buffer, mb, args):
         mu, logvar = agent.encode(frames)  # (C + L, B, latent_dim)
     else:
         mu = buffer.mu[mb["rows"]]  # of the rollout: the encoder stands still
-    mu_ppo = mu.clone()  # two names for U, so that the gradient of each loss
-    mu_vae = mu.clone()  # can be measured where they meet
+    mu_ppo = mu.clone()  # two names for U, where each loss's
+    mu_vae = mu.clone()  # own gradient can be measured
     features = stack_features(mu_ppo, mb["stack"])  # U: (L, B, num_stack * latent_dim)
     logits, value = agent.policy(features)
     l_ppo, metrics = ppo_loss(logits, value, mb, args)
@@ -331,8 +332,8 @@ class Games:
 
 
 def reseed(args, rank, iteration):
-    """Seed torch for one iteration, so that a resumed run draws what it would have drawn.
-    Returns seeds for new games (N,). No other run, process or iteration has the same."""
+    """Seed torch for an iteration: a resumed run draws what it would have drawn. Returns
+    seeds for new games (N,), which no other run, process or iteration has."""
     sequence = np.random.SeedSequence([args.seed, rank, iteration])
     seeds = sequence.generate_state(args.num_envs + 1) >> 1  # below 2**31
     torch.manual_seed(int(seeds[-1]))
@@ -558,6 +559,7 @@ def train(args):
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
     path = Path(args.runs_dir, args.run_name, "checkpoint.pt")
     start, scores, log_size = restore(agent, optimizer, args, path)
+    adam = optimizer.param_groups[0]
     pretrain = args.mode == "pretrain"
     batch = (args.num_frames if pretrain else args.num_envs * args.num_steps) * world
     num_iterations = args.vae_epochs if pretrain else args.total_timesteps // batch
@@ -585,7 +587,7 @@ def train(args):
         else:
             if args.anneal_lr:
                 remaining = 1 - (iteration - 1) / num_iterations
-                optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
+                adam["lr"] = remaining * args.learning_rate
             rollout(agent, games, buffer)
             seen, last = update(agent, optimizer, buffer, args)
         last["weights/norm"] = nn.utils.get_total_norm(agent.parameters())
@@ -593,12 +595,16 @@ def train(args):
         metrics = read_metrics(seen, last, device)
         ending = metrics.pop("signals") > 0 or iteration == num_iterations
         if rank == 0:
-            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            log.write(metrics, iteration * batch, games.scores)
+            metrics["charts/learning_rate"] = adam["lr"]
+            global_step = iteration * batch
+            log.write(metrics, global_step, games.scores)
             if ending or iteration % args.checkpoint_every == 0:
-                progress = {"iteration": iteration, "global_step": iteration * batch}
-                progress["scores"] = list(games.scores)
-                progress["log_size"] = log.file.tell()
+                progress = {
+                    "iteration": iteration,
+                    "global_step": global_step,
+                    "scores": list(games.scores),
+                    "log_size": log.file.tell(),
+                }
                 save_checkpoint(path, agent, optimizer, args, progress)
         if ending:
             break
@@ -613,7 +619,7 @@ def load_checkpoint(path, **settings):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights, made_with = checkpoint["weights"], checkpoint["args"]
-    except Exception as error:  # torch.load stumbles in many ways over what is damaged
+    except Exception as error:  # damage shows in many ways
         raise UserError(f"{path} is no checkpoint of vae_ppo.py: {error!r:.80}") from None
     for name, value in settings.items():
         if made_with.get(name, value) != value:
@@ -627,7 +633,7 @@ def load_checkpoint(path, **settings):
 def restore(agent, optimizer, args, path):
     """Load the run's checkpoint or, at its start, --vae. Returns iteration, scores and the
     size of metrics.csv. Raises UserError."""
-    if path.exists():  # else the run was killed before its first one, and starts again
+    if path.exists():  # else it was killed before its first one
         settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
         saved = load_checkpoint(path, **settings)
         agent.load_state_dict(saved["weights"])
