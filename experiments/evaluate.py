@@ -3,7 +3,7 @@
     pip install matplotlib==3.11.2
     python -m experiments.evaluate play runs/Breakout-adapt-10M-seed1/checkpoint.pt
     python -m experiments.evaluate probe runs/Breakout-adapt-10M-seed1/checkpoint*.pt \\
-        --policy runs/policy-for-data/checkpoint.pt > experiments/results/probe.csv
+        --policy experiments/weights/joint-kappa20-1M-seed1.pt > experiments/results/probe.csv
 """
 
 import argparse
@@ -222,8 +222,8 @@ def probe(checkpoints: list, policy="", seed=1000, frames=20_000):
     see its frames: 12 games to learn from, 4 to stop by, 4 to test on. Paddle, bricks and score
     tell of the ball, too: r2_erased is of an MLP for the same frames without the ball. near_ball is
     the share of |dV/dx| within 5 pixels of the ball, area that of the picture. Prints a CSV."""
-    args, player = load(policy or checkpoints[-1], env_id=BREAKOUT)
-    stacks, balls, rows = watch(player, new_games(args, 20, seed), frames // 20)
+    played_by, player = load(policy or checkpoints[-1], env_id=BREAKOUT)
+    stacks, balls, rows = watch(player, new_games(played_by, 20, seed), frames // 20)
     stacks, balls = stacks[rows], balls[rows]
     part = rows % 20 % 5  # of five games
     parts = [x.nonzero()[:, 0] for x in (part < 3, part == 3, part == 4)]
@@ -233,7 +233,7 @@ def probe(checkpoints: list, policy="", seed=1000, frames=20_000):
     erased = newest.clone()
     erased[:, 38:75, 4:80] = newest[:, 38:75, 4:80].amin(0)  # where nothing but the ball moves
     some = parts[2][:: max(1, len(parts[2]) // 200)]
-    print("run,mode,global_step,r2_x,r2_y,r2,r2_erased,near_ball,area")
+    print("run,mode,global_step,player,r2_x,r2_y,r2,r2_erased,near_ball,area")
     seen = set()
     for path in checkpoints:
         args, agent = load(path, env_id=BREAKOUT, num_stack=player.num_stack)
@@ -247,7 +247,8 @@ def probe(checkpoints: list, policy="", seed=1000, frames=20_000):
             r2_erased = fit(agent, erased, balls, *parts).mean()
             numbers = [*r2, r2.mean(), r2_erased, *near_ball(agent, stacks[some], balls[some])]
             cells = [f"{x:.3f}" for x in numbers]
-            print(args.run_name, args.mode, steps, *cells, sep=",", flush=True)
+            about = [args.run_name, args.mode, steps, played_by.run_name]
+            print(*about, *cells, sep=",", flush=True)
 
 
 if __name__ == "__main__":
