@@ -8,7 +8,7 @@
     python -m experiments.plot table
     python -m experiments.plot overview runs/<pretrain>/checkpoint.pt runs/<joint>/checkpoint.pt
 
-fig3, fig5, table and overview take the names of other models, too: `fig3 adapt-3M adapt`.
+fig3, fig5, table and overview take the names of other models, too: `fig3 adapt-10M adapt-1M`.
 """
 
 import csv
