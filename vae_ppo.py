@@ -481,7 +481,7 @@ def load_player(args, num_actions):
         saved = load_checkpoint(args.policy, env_id=args.env_id)
         sizes = saved["args"]
         if sizes["mode"] == "pretrain":
-            raise UserError(f"--policy {args.policy} is of --mode pretrain: it has none")
+            raise UserError(f"--policy {args.policy} is of --mode pretrain: no policy")
         player = Agent(num_actions, sizes["latent_dim"], sizes["num_stack"])
         player.load_state_dict(saved["weights"])
     return player
@@ -681,7 +681,7 @@ class Log:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}: wait") from None
+            raise UserError(f"another process is at work in {folder}: wait for it") from None
         self.file.truncate(size)  # without the rows after the checkpoint
         self.file.seek(0)
         self.columns = csv.DictReader(self.file).fieldnames  # None in a new run
