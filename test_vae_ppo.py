@@ -170,6 +170,12 @@ def test_any_command_line_is_read_or_refused(words):
             )
 
 
+def test_a_mode_whose_name_is_part_of_another_has_its_own_flags(monkeypatch, capsys):
+    """A mode `train` that is added to the script does not take the flags of `pretrain`."""
+    monkeypatch.setitem(vae_ppo.MODES, "train", vae_ppo.MODES["joint"])
+    refused("--mode train --num-frames 10".split(), capsys, "train", "num_frames")
+
+
 @pytest.mark.parametrize("exists", (False, True))
 @pytest.mark.parametrize("name", ("..", ".", "../x", "a/b", "a/", "/tmp/x", "a/../../x"))
 def test_a_run_never_lies_outside_runs_dir(name, exists, capsys):

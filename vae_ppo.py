@@ -113,7 +113,7 @@ def parse_args(argv=None):
     for modes, flags in FLAGS.items():
         for name, default, _ in flags:
             value = getattr(args, name)
-            if args.mode not in modes and value != default:
+            if args.mode not in modes.split(", ") and value != default:
                 parser.error(f"--mode {args.mode} does not use {name}")
             low = int(type(value) is int and name not in ("seed", "env_threads"))
             high = 1 if name in ("gamma", "gae_lambda", "repeat_action_probability") else 1e9
