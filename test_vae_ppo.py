@@ -941,10 +941,13 @@ def test_the_gradient_is_clipped(limit, length):
 
 @pytest.mark.parametrize("foresight", (0, 1))
 def test_explained_variance_is_1_for_a_perfect_value_and_0_for_a_constant(foresight):
-    """Without a future (gamma = 0) a V equal to the rewards explains all, a constant V nothing."""
+    """Without a future (gamma = 0) a V equal to the rewards explains all, a constant V nothing,
+    whatever V is on reset rows, which are not learnt from."""
     agent = make_agent()
     buffer, _ = play(agent)
     buffer.values[:-1] = foresight * buffer.rewards
+    assert buffer.reset_row[:-1].any()
+    buffer.values[:-1][buffer.reset_row[:-1]] = 100
     optimizer = torch.optim.Adam(agent.parameters())
     _, last = vae_ppo.update(agent, optimizer, buffer, make_args("adapt", "--gamma 0"))
     assert last["losses/explained_variance"].item() == pytest.approx(foresight, abs=1e-5)
@@ -1104,6 +1107,14 @@ def test_resume_drops_rows_after_the_checkpoint(saved, joint_runs):
     assert [int(row["global_step"]) for row in rows] == list(range(32, steps + 1, 32))
     assert all(row["vae/kl"] for row in rows)
     assert saved or same(load("runs/r")["weights"], load(joint_runs / "a")["weights"])
+
+
+def test_a_run_goes_on_without_its_log(joint_runs):
+    """Resumed where there is nothing but the checkpoint, a run goes on and logs from there on."""
+    Path("runs/r").mkdir(parents=True)
+    shutil.copy(joint_runs / "a/checkpoint.pt", "runs/r")
+    assert run_main(tiny("joint", "--resume --total-timesteps 96")) == 0
+    assert [row["global_step"] for row in rows_of("runs/r")] == ["96"]
 
 
 def test_resumed_pretraining_is_bitwise_the_uninterrupted(vae_run):
@@ -1343,7 +1354,7 @@ def test_an_iteration_waits_for_the_device_as_often_as_it_says(monkeypatch):
     """One answer to the device and one action back per step; per iteration one wait for each KL
     but the first, and one for all metrics."""
     args = make_args("joint", "--update-epochs 4 --target-kl 1000")
-    device, _, _ = vae_ppo.start_process(args)
+    device, _ = vae_ppo.start_process(args)
     agent = make_agent()
     buffer = vae_ppo.Buffer(agent, 16, 3, device)
     games = vae_ppo.Games(NoiseEnvs(3), 1, None)
@@ -1542,6 +1553,10 @@ def test_an_existing_run_is_kept(joint_runs, capsys):
     shutil.copytree(joint_runs / "a", "runs/r")
     refused(tiny("joint"), capsys, "runs/r exists", "--resume", "--run-name")
     refused(tiny("joint", "--resume --gamma 0.5"), capsys, "gamma 0.99", "0.5")
+    saved = load("runs/r")
+    saved["args"]["world_size"] = 2  # the number of processes, by torchrun
+    torch.save(saved, "runs/r/checkpoint.pt")
+    refused(tiny("joint", "--resume"), capsys, "world_size 2, not 1")
 
 
 def test_a_metric_that_the_first_row_lacks_is_an_error(tmp_path):
@@ -1558,6 +1573,16 @@ def test_a_metric_that_the_first_row_lacks_is_an_error(tmp_path):
     log = vae_ppo.Log(args, size, 10, 100)  # as a resumed run's
     with pytest.raises(ValueError, match="losses/b"):
         log.write({"losses/a": 1.0, "losses/b": 2.0}, 20, [])
+
+
+def test_sps_counts_the_steps_since_the_row_before(monkeypatch):
+    """charts/SPS are the steps since the row before over the seconds since, bar or no bar."""
+    monkeypatch.setattr(vae_ppo, "tqdm", functools.partial(vae_ppo.tqdm, disable=True))
+    monkeypatch.setattr(time, "perf_counter", itertools.count(step=2).__next__)
+    log = vae_ppo.Log(make_args("joint"), 0, 1000, 2000)
+    log.write({}, 1010, [])
+    log.write({}, 1050, [])
+    assert [row["charts/SPS"] for row in rows_of("runs/r")] == ["5", "20"]
 
 
 def test_a_new_metric_of_a_loss_is_logged(monkeypatch):

@@ -15,6 +15,8 @@ space. Policy gradients sent through the encoder put the ball back.
     T, N        steps of a rollout, games played at once
     L, B        steps of a segment (a piece of one game), segments of a minibatch
     C           num_stack - 1: the frames that a first step needs from before it
+    L_VAE       the loss of the VAE, eq. 2
+    L_PPO       the loss of the policy, eq. 5
     kappa       weight of L_PPO against L_VAE
 """
 
@@ -62,7 +64,7 @@ FLAGS = {  # by mode: name, default, what it is ("authors": as in their code)
         ("latent_dim", 20, "numbers in z (authors)"),
     ],
     "pretrain": [
-        ("policy", "", "checkpoint of who plays; else chance does"),
+        ("policy", "", "checkpoint of who plays; else uniformly random"),
         ("num_frames", 25_000, "to play (paper)"),
         ("vae_epochs", 20, "passes over these frames"),
     ],
@@ -107,8 +109,7 @@ def parse_args(argv=None):
             how = {"type": type(default)}
             if isinstance(default, bool):
                 how = {"action": argparse.BooleanOptionalAction}
-            how.update(default=default, help=text)
-            group.add_argument("--" + name.replace("_", "-"), **how)
+            group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
     args = parser.parse_args(argv)
     for modes, flags in FLAGS.items():
         for name, default, _ in flags:
@@ -128,8 +129,9 @@ def parse_args(argv=None):
         parser.error("kappa must be above 0: a small one leaves the VAE to itself")
     _, learning_rate = MODES[args.mode]
     args.learning_rate = args.learning_rate or learning_rate
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if not args.run_name:
-        game = args.env_id.removeprefix("ALE/").removesuffix("-v5")
+        game = args.env_id.split("/")[-1].removesuffix("-v5")
         kappa = f"-kappa{args.kappa:g}" if args.mode == "joint" else ""
         args.run_name = f"{game}-{args.mode}{kappa}-seed{args.seed}"
     folder = Path(args.runs_dir, args.run_name)
@@ -205,7 +207,7 @@ def vae_loss(decoder, mu, logvar, frames, beta):
     z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
     logits = decoder(z)
     nats = F.binary_cross_entropy_with_logits(logits, frames / 255, reduction="sum")
-    recon_loss = nats / logits[..., 0, 0].numel()  # -E_q[log p(x|z)]
+    recon_loss = nats / frames.shape[:-2].numel()  # -E_q[log p(x|z)]
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1).mean()  # KL(q || N(0, I))
     l_vae = recon_loss + beta * kl  # eq. 2, negated: a loss
     return l_vae, {"vae/recon_loss": recon_loss.detach(), "vae/kl": kl.detach()}
@@ -216,6 +218,10 @@ def masked_mean(x, valid):
     return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
+def masked_var(x, valid):
+    return masked_mean((x - masked_mean(x, valid)).square(), valid)
+
+
 def ppo_loss(logits, value, mb, args):
     """L_PPO and metrics, of logits (..., num_actions) and value (...) now, and of those of
     the rollout in `mb`."""
@@ -224,9 +230,8 @@ def ppo_loss(logits, value, mb, args):
     valid = mb["valid"]
     advantages = mb["advantages"]
     if args.norm_adv:
-        advantages = advantages - masked_mean(advantages, valid)
-        variance = masked_mean(advantages.square(), valid)
-        advantages = advantages / (variance.sqrt() + 1e-8)
+        deviation = masked_var(advantages, valid).sqrt()
+        advantages = (advantages - masked_mean(advantages, valid)) / (deviation + 1e-8)
     ratio = (pi.log_prob(mb["actions"]) - pi_old.log_prob(mb["actions"])).exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -269,17 +274,17 @@ def minibatch_loss(agent, buffer, mb, args):
         mu, logvar = agent.encode(frames)  # (C + L, B, latent_dim)
     else:
         mu = buffer.mu[mb["rows"]]  # of the rollout: the encoder stands still
-    mu_ppo = mu.clone()  # two names for U, where each loss's
-    mu_vae = mu.clone()  # own gradient can be measured
+    mu_ppo = mu.clone()  # at which the gradient of L_PPO alone is measured
     features = stack_features(mu_ppo, mb["stack"])  # U: (L, B, num_stack * latent_dim)
     logits, value = agent.policy(features)
     l_ppo, metrics = ppo_loss(logits, value, mb, args)
     if "decoder" not in networks:
         return l_ppo, metrics
-    own = slice(agent.num_stack - 1, None)  # the first C are another segment's
-    l_vae, more = vae_loss(agent.decoder, mu_vae[own], logvar[own], frames[own], args.beta)
+    own = slice(agent.num_stack - 1, None)  # the C before only complete the stacks
+    mu_vae = mu[own]  # at which that of L_VAE is
+    l_vae, more = vae_loss(agent.decoder, mu_vae, logvar[own], frames[own], args.beta)
     l_joint = args.kappa * l_ppo + l_vae  # eq. 3: the gradients meet at U
-    metrics.update(more)
+    metrics.update(more)  # and, in the backward pass:
     mu_ppo.register_hook(lambda g: metrics.update({"grad/ppo_at_U": g.norm() / args.kappa}))
     mu_vae.register_hook(lambda g: metrics.update({"grad/vae_at_U": g.norm()}))
     return l_joint, metrics
@@ -397,12 +402,12 @@ def gae(buffer, gamma, gae_lambda):
     """Advantages and returns (T, N) (Schulman et al. 2016). The step after a done shows the
     true last frame, whose value bootstraps a truncated episode."""
     advantages = torch.zeros_like(buffer.rewards)
-    last = torch.zeros_like(buffer.rewards[0])
+    advantage = torch.zeros_like(buffer.rewards[0])
     for t in reversed(range(buffer.T)):
         next_value = buffer.values[t + 1] * ~buffer.terminated[t]
         delta = buffer.rewards[t] + gamma * next_value - buffer.values[t]
-        last = delta + gamma * gae_lambda * ~buffer.reset_row[t + 1] * last
-        advantages[t] = last
+        advantage = delta + gamma * gae_lambda * ~buffer.reset_row[t + 1] * advantage
+        advantages[t] = advantage
     return advantages, advantages + buffer.values[:-1]
 
 
@@ -462,10 +467,11 @@ def update(agent, optimizer, buffer, args):
             break
         metrics["grad/norm"] = apply_gradient(optimizer, loss, args.max_grad_norm)
         seen.append(metrics)
-    unexplained = (returns - buffer.values[:-1]).var(correction=0)
+    valid = ~buffer.reset_row[:-1]
+    unexplained = masked_var(returns - buffer.values[:-1], valid)
     last = {
         "losses/approx_kl": approx_kl,
-        "losses/explained_variance": 1 - unexplained / (returns.var(correction=0) + 1e-8),
+        "losses/explained_variance": 1 - unexplained / (masked_var(returns, valid) + 1e-8),
         "losses/updates": len(seen),
         "losses/kl_stop": kl_stop,
     }
@@ -474,7 +480,7 @@ def update(agent, optimizer, buffer, args):
 
 # ---- Pretraining ----
 def load_player(args, num_actions):
-    """The agent of --policy or, without it, one that plays by chance. Raises UserError."""
+    """The agent of --policy or else one that plays uniformly at random. Raises UserError."""
     player = Agent(num_actions, args.latent_dim, args.num_stack)
     nn.init.zeros_(player.actor.weight)  # all actions are equally likely
     if args.policy:
@@ -509,17 +515,17 @@ def pretrain_epoch(agent, optimizer, frames, args):
 
 # ---- Training ----
 def start_process(args):
-    """Join the other processes of torchrun. Returns device, rank, number of processes."""
+    """Join the other processes of torchrun. Returns the device and this one's rank."""
     Categorical.set_default_validate_args(False)  # validation waits for the device
     use_cuda = args.cuda and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.backends.cudnn.deterministic = args.torch_deterministic
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    if args.world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
+        dist.barrier()  # all have looked for the run's folder before it is made
     rank = int(os.environ.get("RANK", "0"))
-    return torch.device("cuda" if use_cuda else "cpu"), rank, world
+    return torch.device("cuda" if use_cuda else "cpu"), rank
 
 
 def read_metrics(seen, last, device):
@@ -551,30 +557,30 @@ def make_agent(args, num_actions, device):
 
 def train(args):
     """Run a mode from its start, or its checkpoint, to its end. Returns the exit code."""
-    device, rank, world = start_process(args)
+    device, rank = start_process(args)
     caught = []
     for number in (signal.SIGINT, signal.SIGTERM):  # end after the iteration at hand
-        signal.signal(number, lambda number, _: caught.append(number))
+        signal.signal(number, lambda signum, _: caught.append(signum))
     envs, fire = make_envs(args)
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
     path = Path(args.runs_dir, args.run_name, "checkpoint.pt")
     start, scores, log_size = restore(agent, optimizer, args, path)
     adam = optimizer.param_groups[0]
     pretrain = args.mode == "pretrain"
-    batch = (args.num_frames if pretrain else args.num_envs * args.num_steps) * world
+    batch = (args.num_frames if pretrain else args.num_envs * args.num_steps) * args.world_size
     num_iterations = args.vae_epochs if pretrain else args.total_timesteps // batch
     if num_iterations == 0:
         raise UserError(f"--total-timesteps must be at least one rollout, {batch} steps")
     if start >= num_iterations:
         print(f"{path.parent} has {start} of {num_iterations} iterations: it is finished")
         return 0
-    seeds = reseed(args, rank, 0 if pretrain else start)  # resumed, it has the same frames
+    seeds = reseed(args, rank, 0 if pretrain else start)  # the same frames, if --policy is
     games = Games(envs, fire, seeds, () if pretrain else scores)
     if pretrain:
         player = load_player(args, agent.actor.out_features)
     if rank == 0:
         log = Log(args, log_size, start * batch, num_iterations * batch)
-        print(f"{args.mode} on {args.env_id}, {device} x {world}", flush=True)
+        print(f"{args.mode} on {args.env_id}, {device} x {args.world_size}", flush=True)
     if pretrain:
         frames = collect_frames(player, games, args.num_frames, device)
     else:
@@ -609,6 +615,7 @@ def train(args):
         if ending:
             break
     if rank == 0:
+        log.bar.close()
         print(f"{path.parent} has {iteration} of {num_iterations} iterations")
     return 128 + caught[0] if caught else 0
 
@@ -682,21 +689,23 @@ class Log:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
         except BlockingIOError:
             raise UserError(f"another process is at work in {folder}: wait for it") from None
-        self.file.truncate(size)  # without the rows after the checkpoint
+        self.file.truncate(min(size, self.file.tell()))  # no rows after the checkpoint
         self.file.seek(0)
         self.columns = csv.DictReader(self.file).fieldnames  # None in a new run
         self.file.seek(0, os.SEEK_END)
         self.tensorboard = SummaryWriter(folder, purge_step=global_step + 1)
         self.bar = tqdm(total=total, initial=global_step, unit="step", unit_scale=True)
         self.clock = time.perf_counter()
+        self.global_step = global_step
 
     def write(self, metrics, global_step, scores):
         """One row. Its metrics must be those of the first row, else ValueError."""
-        before, self.clock = self.clock, time.perf_counter()
+        clock = time.perf_counter()
+        steps = global_step - self.global_step
         row = {
             "global_step": global_step,
             "charts/episodic_return": sum(scores) / len(scores) if scores else None,
-            "charts/SPS": round((global_step - self.bar.n) / (self.clock - before)),
+            "charts/SPS": round(steps / (clock - self.clock)),
             **metrics,
         }
         if self.columns is None:
@@ -710,7 +719,9 @@ class Log:
                 self.tensorboard.add_scalar(name, value, global_step)
         self.tensorboard.flush()
         self.bar.set_postfix(score=row["charts/episodic_return"], refresh=False)
-        self.bar.update(global_step - self.bar.n)
+        self.bar.update(steps)
+        self.clock = clock
+        self.global_step = global_step
 
 
 def main(argv=None):

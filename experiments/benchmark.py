@@ -35,7 +35,7 @@ def start_games(mode, flags):
     vae = "--vae unused" if mode in ("fixed", "adapt") else ""
     command = f"--mode {mode} {vae} --target-kl 0 --run-name unused {flags}"
     args = vae_ppo.parse_args(command.split())
-    device, _, _ = vae_ppo.start_process(args)
+    device, _ = vae_ppo.start_process(args)
     return args, device, vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.reseed(args, 0, 0))
 
 
@@ -173,6 +173,8 @@ def speed(repetitions=5, only=("",), flags=""):
     of the contenders with a word of --only in their name. They take turns, in a new process each
     time, so that a drift of the machine's speed meets all."""
     names = [name for name in CONTENDERS if any(word in name for word in only)]
+    if not names:
+        raise vae_ppo.UserError(f"--only takes words of {'; '.join(CONTENDERS)}")
     print_table({name: (name, flags) for name in names}, repetitions)
 
 
