@@ -139,7 +139,8 @@ def play(checkpoint, policy="", seed=1000, episodes=100, out=""):
     reconstruction.png (Fig. 1) and jacobian.png (Fig. 4), beside the checkpoint or in --out. A
     pretrain checkpoint has no policy: chance plays, or --policy, and there is no jacobian.png."""
     args, agent = load(checkpoint)
-    player = load(policy, env_id=args.env_id)[1] if policy else agent
+    args.policy = policy
+    player = vae_ppo.load_player(args, agent.actor.out_features) if policy else agent
     folder = Path(out or Path(checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
     games = new_games(args, episodes, seed, FirstGames)
