@@ -1644,7 +1644,7 @@ def test_wandb_is_told_the_metrics(monkeypatch):
 WEIGHTS = {  # file of experiments/weights/, and what it is for
     "pretrain-seed1.pt": ("fixed", "adapt"),
     "adapt-10M-seed1.pt": ("pretrain",),
-    "joint-kappa20-1M-seed1.pt": ("pretrain",),
+    "joint-kappa20-10M-seed1.pt": ("pretrain",),
 }
 
 

@@ -3,7 +3,7 @@
     pip install matplotlib==3.11.2
     python -m experiments.evaluate play runs/Breakout-adapt-10M-seed1/checkpoint.pt
     python -m experiments.evaluate probe runs/Breakout-adapt-10M-seed1/checkpoint*.pt \\
-        --policy experiments/weights/joint-kappa20-1M-seed1.pt > experiments/results/probe.csv
+        --policy experiments/weights/joint-kappa20-10M-seed1.pt
 """
 
 import argparse
