@@ -574,7 +574,7 @@ def train(args):
     if start >= num_iterations:
         print(f"{path.parent} has {start} of {num_iterations} iterations: it is finished")
         return 0
-    seeds = reseed(args, rank, 0 if pretrain else start)  # the same frames, if --policy is
+    seeds = reseed(args, rank, 0 if pretrain else start)  # it plays its frames again
     games = Games(envs, fire, seeds, () if pretrain else scores)
     if pretrain:
         player = load_player(args, agent.actor.out_features)

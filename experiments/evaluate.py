@@ -139,8 +139,10 @@ def play(checkpoint, policy="", seed=1000, episodes=100, out=""):
     reconstruction.png (Fig. 1) and jacobian.png (Fig. 4), beside the checkpoint or in --out. A
     pretrain checkpoint has no policy: chance plays, or --policy, and there is no jacobian.png."""
     args, agent = load(checkpoint)
-    args.policy = policy
-    player = vae_ppo.load_player(args, agent.actor.out_features) if policy else agent
+    player = agent
+    if policy:
+        args.policy = policy
+        player = vae_ppo.load_player(args, agent.actor.out_features)
     folder = Path(out or Path(checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
     games = new_games(args, episodes, seed, FirstGames)
