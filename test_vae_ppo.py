@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -1351,8 +1352,8 @@ def test_a_signal_to_one_process_ends_all(two_ranks):
 
 # ---- Training: the device ----
 def test_an_iteration_waits_for_the_device_as_often_as_it_says(monkeypatch):
-    """One answer to the device and one action back per step; per iteration one wait for each KL
-    but the first, and one for all metrics."""
+    """The script itself asks for one answer per step; per iteration for each KL but the first, and
+    once for all metrics. (Within torch, `Categorical.sample` has waits of its own.)"""
     args = make_args("joint", "--update-epochs 4 --target-kl 1000")
     device, _ = vae_ppo.start_process(args)
     agent = make_agent()
@@ -1381,6 +1382,14 @@ def test_an_iteration_waits_for_the_device_as_often_as_it_says(monkeypatch):
     calls.clear()
     vae_ppo.read_metrics(seen, last, device)
     assert calls == {"tolist": 1}
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
+    """torchrun's second process on a machine with one GPU is told what to do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    refused(tiny("joint", "--cuda"), capsys, "more processes than GPUs", "--no-cuda")
 
 
 class Crossings(TorchDispatchMode):
@@ -1429,21 +1438,21 @@ def test_no_tensor_is_left_on_the_wrong_device(mode, monkeypatch):
 
 
 # ---- Checkpoint and log ----
-def test_a_failed_save_keeps_the_old_checkpoint(monkeypatch):
-    """A disk that fills up while saving leaves the old checkpoint bitwise intact."""
+def test_a_failed_save_keeps_the_old_checkpoint():
+    """A disk that fills up while saving is an OSError, as `main` wants it, and leaves the old
+    checkpoint bitwise intact. (Here a file may not be larger than 1 MB.)"""
     agent = make_agent()
     optimizer = torch.optim.Adam(agent.parameters())
     path = Path("checkpoint.pt")
     vae_ppo.save_checkpoint(path, agent, optimizer, make_args("joint"), {"iteration": 1})
     old = path.read_bytes()
-
-    def full(checkpoint, file):
-        file.write(old[:99])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError):
-        vae_ppo.save_checkpoint(path, agent, optimizer, make_args("joint"), {"iteration": 2})
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, most))
+    try:
+        with pytest.raises(OSError):
+            vae_ppo.save_checkpoint(path, agent, optimizer, make_args("joint"), {"iteration": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert path.read_bytes() == old
 
 
@@ -1477,12 +1486,21 @@ def test_a_damaged_checkpoint_is_refused(damage, joint_runs):
     assert os.listdir() == ["bad.pt"]
 
 
+@functools.cache
+def resumable(folder):
+    """Agent, optimizer and arguments that the folder's checkpoint fits."""
+    args = SimpleNamespace(**load(folder)["args"])
+    return *vae_ppo.make_agent(args, 4, "cpu"), args
+
+
 FLIPS = st.tuples(st.sampled_from(("head", "tail", "all")), st.floats(0, 1), st.integers(0, 7))
 
 
 @given(st.lists(FLIPS), st.sampled_from((0, 1, 1000, 10**6)))
 def test_no_damage_to_a_checkpoint_gives_a_traceback(joint_runs, flips, cut):
-    """Whatever bits of a checkpoint are flipped and wherever it ends, it is read or refused."""
+    """Whatever bits of a checkpoint are flipped and wherever it ends, a run goes on from it or
+    refuses it."""
+    agent, optimizer, args = resumable(joint_runs / "a")
     good = bytearray((joint_runs / "a/checkpoint.pt").read_bytes())
     size = len(good)
     spans = {"head": (0, 9000), "tail": (size - 9000, size), "all": (0, size)}
@@ -1492,7 +1510,7 @@ def test_no_damage_to_a_checkpoint_gives_a_traceback(joint_runs, flips, cut):
     path = joint_runs / "fuzzed.pt"
     path.write_bytes(good[: size - cut])
     with contextlib.suppress(vae_ppo.UserError), warnings.catch_warnings(action="ignore"):
-        vae_ppo.load_checkpoint(path)
+        vae_ppo.restore(agent, optimizer, args, path)
 
 
 def reading(flag, path):
@@ -1540,6 +1558,22 @@ def test_weights_that_are_not_finite_are_refused(flag, number, joint_runs, vae_r
 
     path = keep_changed(vae_run if flag == "--vae" else joint_runs / "a", change)
     refused(reading(flag, path), capsys, path, "mu.bias is not finite")
+
+
+@pytest.mark.parametrize("flag", ("--resume", "--vae", "--policy"))
+def test_weights_of_another_network_are_refused(flag, joint_runs, vae_run, capsys):
+    """A checkpoint of another network is refused, as is a published one as a run's own."""
+
+    def change(saved):
+        saved["weights"]["encoder.0.bias"] = torch.zeros(99)
+
+    source = vae_run if flag == "--vae" else joint_runs / "a"
+    path = keep_changed(source, change)
+    refused(reading(flag, path), capsys, path, "no checkpoint of this vae_ppo.py")
+    if flag == "--resume":
+        shutil.rmtree("runs")
+        keep_changed(source, lambda saved: saved.pop("optimizer"))
+        refused(reading(flag, path), capsys, path, "'optimizer'")
 
 
 @pytest.mark.parametrize("flag", ("--vae", "--policy"))

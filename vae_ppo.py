@@ -23,12 +23,14 @@ space. Policy gradients sent through the encoder put the ball back.
 import argparse
 import csv
 import fcntl
+import io
 import math
 import os
 import signal
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # torch's idle threads soon sleep
@@ -488,8 +490,9 @@ def load_player(args, num_actions):
         sizes = saved["args"]
         if sizes["mode"] == "pretrain":
             raise UserError(f"--policy {args.policy} is of --mode pretrain: no policy")
-        player = Agent(num_actions, sizes["latent_dim"], sizes["num_stack"])
-        player.load_state_dict(saved["weights"])
+        with reading(args.policy):
+            player = Agent(num_actions, sizes["latent_dim"], sizes["num_stack"])
+            player.load_state_dict(saved["weights"])
     return player
 
 
@@ -519,7 +522,10 @@ def start_process(args):
     Categorical.set_default_validate_args(False)  # validation waits for the device
     use_cuda = args.cuda and torch.cuda.is_available()
     if use_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        gpu = int(os.environ.get("LOCAL_RANK", "0"))
+        if gpu >= torch.cuda.device_count():
+            raise UserError("more processes than GPUs: start fewer, or add --no-cuda")
+        torch.cuda.set_device(gpu)
         torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
@@ -536,7 +542,7 @@ def read_metrics(seen, last, device):
     values = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in metrics.values()]
     numbers = mean_over_ranks(torch.stack(values)).tolist()
     for name, number in zip(metrics, numbers, strict=True):
-        limit = 1e6 if name == "weights/norm" else math.inf  # some 50 to 200 in a sound run
+        limit = 1e6 if name == "weights/norm" else math.inf  # some 50 to 300 in a sound run
         if not abs(number) < limit:  # as NaN is not
             raise UserError(f"{name} is {number} (not saved): lower --learning-rate")
     return dict(zip(metrics, numbers, strict=True))
@@ -621,13 +627,21 @@ def train(args):
 
 
 # ---- Checkpoint and log ----
+@contextmanager
+def reading(path):
+    """Raises UserError for all that fails within: a bad checkpoint shows in many ways."""
+    try:
+        yield
+    except Exception as error:
+        text = f"{path} is no checkpoint of this vae_ppo.py: {error!r:.90}"
+        raise UserError(text) from None
+
+
 def load_checkpoint(path, **settings):
     """A checkpoint, of which nothing is executed. Raises UserError at other settings."""
-    try:
+    with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights, made_with = checkpoint["weights"], checkpoint["args"]
-    except Exception as error:  # damage shows in many ways
-        raise UserError(f"{path} is no checkpoint of vae_ppo.py: {error!r:.80}") from None
     for name, value in settings.items():
         if made_with.get(name, value) != value:
             raise UserError(f"{path} is of {name} {made_with[name]}, not {value}")
@@ -643,14 +657,16 @@ def restore(agent, optimizer, args, path):
     if path.exists():  # else it was killed before its first one
         settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
         saved = load_checkpoint(path, **settings)
-        agent.load_state_dict(saved["weights"])
-        optimizer.load_state_dict(saved["optimizer"])
-        return saved["iteration"], saved["scores"], saved["log_size"]
+        with reading(path):
+            agent.load_state_dict(saved["weights"])
+            optimizer.load_state_dict(saved["optimizer"])
+            return saved["iteration"], saved["scores"], saved["log_size"]
     if args.vae:
         same = {"env_id": args.env_id, "latent_dim": args.latent_dim}
         weights = load_checkpoint(args.vae, mode="pretrain", **same)["weights"]
         weights.update({k: v for k, v in agent.state_dict().items() if k.startswith(POLICY)})
-        agent.load_state_dict(weights)
+        with reading(args.vae):
+            agent.load_state_dict(weights)
     return 0, [], 0
 
 
@@ -658,9 +674,11 @@ def save_checkpoint(path, agent, optimizer, args, progress):
     """Replace the checkpoint as a whole, or not at all."""
     checkpoint = {"weights": agent.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint.update(args=vars(args), **progress)
+    data = io.BytesIO()  # torch.save would hide what a full disk says
+    torch.save(checkpoint, data)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        torch.save(checkpoint, file)
+        file.write(data.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

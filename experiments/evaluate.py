@@ -25,11 +25,10 @@ def load(path, **settings):
     """A checkpoint of any mode. Returns its arguments, with its steps, and its agent."""
     saved = vae_ppo.load_checkpoint(path, **settings)
     args = argparse.Namespace(**saved["args"], global_step=saved["global_step"])
-    agent = vae_ppo.Agent(len(saved["weights"]["actor.bias"]), args.latent_dim, args.num_stack)
-    try:
+    with vae_ppo.reading(path):
+        num_actions = len(saved["weights"]["actor.bias"])
+        agent = vae_ppo.Agent(num_actions, args.latent_dim, args.num_stack)
         agent.load_state_dict(saved["weights"])
-    except RuntimeError:
-        raise UserError(f"{path} has the weights of another network than vae_ppo.py's") from None
     if args.mode == "pretrain":
         nn.init.zeros_(agent.actor.weight)  # all actions are equally likely
     return args, agent
@@ -140,6 +139,8 @@ def play(checkpoint, policy="", seed=1000, episodes=100, out=""):
     pretrain checkpoint has no policy: chance plays, or --policy, and there is no jacobian.png."""
     args, agent = load(checkpoint)
     player = agent
+    if policy and args.mode != "pretrain":
+        raise UserError(f"{checkpoint} has a policy: leave out --policy")
     if policy:
         args.policy = policy
         player = vae_ppo.load_player(args, agent.actor.out_features)
@@ -164,6 +165,8 @@ def play(checkpoint, policy="", seed=1000, episodes=100, out=""):
     print(f"{title}: {', '.join(told)}")
 
     stacks, balls, t = watch(player, new_games(args, 1, seed + 1), 2000)
+    if args.mode == "pretrain":  # of as many frames as its own unused policy sees
+        stacks = stacks[:, -1:].expand(-1, agent.num_stack, -1, -1)
     if args.env_id != BREAKOUT:
         balls[:] = torch.nan
     if balls.isnan().all():
@@ -242,8 +245,9 @@ def probe(checkpoints: list, policy="", seed=1000, frames=20_000):
         args, agent = load(path, env_id=BREAKOUT, num_stack=player.num_stack)
         agents = {args.global_step: agent}
         if args.run_name not in seen:
-            first = vae_ppo.make_agent(args, agent.actor.out_features, "cpu")[0]
-            agents = {0: load(args.vae)[1] if args.vae else first} | agents
+            first, _ = vae_ppo.make_agent(args, agent.actor.out_features, "cpu")
+            vae_ppo.restore(first, None, args, Path("no checkpoint"))  # but --vae, if given
+            agents = {0: first} | agents
         seen.add(args.run_name)
         for steps, agent in agents.items():
             r2 = fit(agent, newest, balls, *parts)

@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -35,12 +36,16 @@ def read_curves(models):
     """{model: {seed: steps, scores, steps/s}} of these models, or of all but the VAEs."""
     curves = {}
     for path in sorted(RESULTS.glob("*-seed*.csv")):
-        model, seed = path.stem.split("-seed")
+        model, seed = path.stem.rsplit("-seed", 1)
         if model in models or not (models or model.startswith("pretrain")):
             columns = np.genfromtxt(path, delimiter=",", skip_header=1, usecols=(0, 1, 2)).T
-            curves.setdefault(model, {})[seed] = columns[:, np.isfinite(columns[1])]
+            columns = columns[:, np.isfinite(columns[1])]
+            if columns.size:  # else no game has ended
+                curves.setdefault(model, {})[seed] = columns
+    if missing := [model for model in models if model not in curves]:
+        print(f"no run of {', '.join(missing)} in {RESULTS}", file=sys.stderr)
     if not curves:
-        raise UserError(f"there is no run of {', '.join(models)} in {RESULTS}")
+        raise UserError(f"there is nothing to show in {RESULTS}")
     return {model: curves[model] for model in models or curves if model in curves}
 
 
@@ -88,12 +93,16 @@ def probe():
     """How the ball enters mu: R^2 of its place over steps, from results/probe.csv."""
     curves = {}
     rows = list(csv.DictReader((RESULTS / "probe.csv").read_text().splitlines()))
-    for run in dict.fromkeys(row["run"] for row in rows if row["mode"] != "pretrain"):
-        model = run.removeprefix("Breakout-").split("-seed")[0]
-        points = [
-            (float(row["global_step"]), float(row["r2"])) for row in rows if row["run"] == run
-        ]
-        curves.setdefault(model, {})[run] = np.array(sorted(points)).T
+    for row in rows:
+        if row["mode"] != "pretrain":
+            model, seed = row["run"].removeprefix("Breakout-").rsplit("-seed", 1)
+            player = row["player"].removeprefix("Breakout-")
+            points = curves.setdefault(f"{model} in games of {player}", {}).setdefault(seed, [])
+            points.append((float(row["global_step"]), float(row["r2"])))
+    curves = {
+        model: {seed: np.array(sorted(points)).T for seed, points in seeds.items()}
+        for model, seeds in curves.items()
+    }
     draw("probe.png", curves, "R^2 of the ball's place from mu", "symlog", linthresh=1e5)
 
 
@@ -139,8 +148,10 @@ def table(models: list = ()):
             numbers = [*np.where(reached, np.interp(MARKS, steps, scores), np.nan), scores[-1]]
             found.append([*numbers, steps[-1] * np.mean(1 / speed) / 3600])
             path = RESULTS / f"{model}-seed{seed}.json"
-            facts = json.loads(path.read_text()) if path.exists() else {}
-            games = [facts["mean"], *facts["interval"], facts["iqm"]] if facts else []
+            facts = json.loads(path.read_text()) if path.exists() else {"global_step": 0}
+            games = []
+            if facts["global_step"] == steps[-1]:  # else they are of an older checkpoint
+                games = [facts["mean"], *facts["interval"], facts["iqm"]]
             row(model, seed, f"{steps[-1]:,.0f}", numbers=found[-1] + games)
         median = np.median(found, axis=0)
         if len({steps[-1] for steps, _, _ in seeds.values()}) > 1:
@@ -155,7 +166,9 @@ def publish(folders: list, pictures=False, weights=False):
     and in half precision and compressed, to weights/."""
     for folder in map(Path, folders):
         name = folder.name.removeprefix("Breakout-")
-        header, *rows = (folder / "metrics.csv").read_bytes().splitlines(keepends=True)
+        header, *rows = (folder / "metrics.csv").read_bytes().splitlines(keepends=True) or [b""]
+        if not rows:
+            raise UserError(f"{folder} has no iteration yet: wait for its first")
         every = -(-len(rows) // 500)
         thinned = rows[(len(rows) - 1) % every :: every]  # the last row stays
         (RESULTS / f"{name}.csv").write_bytes(b"".join([header, *thinned]))
