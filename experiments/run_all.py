@@ -5,7 +5,7 @@
 
 fixed and adapt start from the published VAE. Each run is of one length, which its name tells:
 runs/Breakout-adapt-10M-seed1. Ctrl-C or SIGTERM saves all and ends; the same command goes on. The
-first checkpoints after 100 000 and 1M steps are kept, for the probe.
+first checkpoints after 100 000, 1M and 3M steps are kept, for the probe.
 """
 
 import itertools
@@ -34,10 +34,10 @@ stop = threading.Event()
 
 
 def keep(path):
-    """Give the first checkpoint after 100 000 and 1M steps a second name, which stays: the script
-    replaces its file, and never writes into it."""
+    """Give the first checkpoints after these steps a second name, which stays: the script replaces
+    its file, and never writes into it."""
     step = vae_ppo.load_checkpoint(path)["global_step"]
-    for steps in (100_000, 1_000_000):
+    for steps in (100_000, 1_000_000, 3_000_000):
         kept = path.with_stem(f"checkpoint-{steps}")
         if step >= steps and not kept.exists():
             kept.hardlink_to(path)
