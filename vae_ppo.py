@@ -633,8 +633,7 @@ def reading(path):
     try:
         yield
     except Exception as error:
-        text = f"{path} is no checkpoint of this vae_ppo.py: {error!r:.90}"
-        raise UserError(text) from None
+        raise UserError(f"{path} is no checkpoint of this vae_ppo.py: {error!r:.90}") from None
 
 
 def load_checkpoint(path, **settings):

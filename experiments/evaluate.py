@@ -74,6 +74,8 @@ def value_jacobian(agent, stacks):
 def see(agent, stacks):
     """Pictures (B, 84, 84, 3) between 0 and 1: the newest frames; what the decoder makes of their
     mu; these frames again, blue where |dV/dx| is above its mean."""
+    if stacks.shape[1] != agent.num_stack:  # another agent's: for the decoder, the newest will do
+        stacks = stacks[:, -1:].expand(-1, agent.num_stack, -1, -1)
     frames = stacks[:, -1] / 255
     mu, _ = agent.encode(stacks[:, -1])
     decoded = agent.decoder(mu).sigmoid().detach()
@@ -139,9 +141,9 @@ def play(checkpoint, policy="", seed=1000, episodes=100, out=""):
     pretrain checkpoint has no policy: chance plays, or --policy, and there is no jacobian.png."""
     args, agent = load(checkpoint)
     player = agent
-    if policy and args.mode != "pretrain":
-        raise UserError(f"{checkpoint} has a policy: leave out --policy")
     if policy:
+        if args.mode != "pretrain":
+            raise UserError(f"{checkpoint} has a policy: leave out --policy")
         args.policy = policy
         player = vae_ppo.load_player(args, agent.actor.out_features)
     folder = Path(out or Path(checkpoint).parent)
@@ -165,8 +167,6 @@ def play(checkpoint, policy="", seed=1000, episodes=100, out=""):
     print(f"{title}: {', '.join(told)}")
 
     stacks, balls, t = watch(player, new_games(args, 1, seed + 1), 2000)
-    if args.mode == "pretrain":  # of as many frames as its own unused policy sees
-        stacks = stacks[:, -1:].expand(-1, agent.num_stack, -1, -1)
     if args.env_id != BREAKOUT:
         balls[:] = torch.nan
     if balls.isnan().all():

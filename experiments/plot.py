@@ -116,7 +116,7 @@ def overview(pretrain, joint, models: list = FIG3):
     stacks, balls, rows = evaluate.watch(agent, evaluate.new_games(args, 1, seed=1001), 1000)
     t = rows[len(rows) // 2 :][:1]
     frame, _, blue = evaluate.see(agent, stacks[t])
-    _, decoded, _ = evaluate.see(vae, stacks[t, -1:].expand(-1, vae.num_stack, -1, -1))
+    _, decoded, _ = evaluate.see(vae, stacks[t])
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     *cells, right = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
     for axes, picture in zip(cells, (frame, decoded, blue), strict=True):
