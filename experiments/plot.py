@@ -160,18 +160,24 @@ def table(models: list = ()):
             row(model, "median", "", numbers=median)
 
 
+def shorten(cell):
+    """A cell of metrics.csv with the fewest digits that give the same float32."""
+    return str(np.float32(cell)) if "." in cell else cell
+
+
 def publish(folders: list, pictures=False, weights=False):
     """Copy metrics.csv, thinned to 500 rows, and eval.json of each run to results/, under its name
     without the game; --pictures: its pictures, too; --weights: its weights, without Adam's state
     and in half precision and compressed, to weights/."""
     for folder in map(Path, folders):
         name = folder.name.removeprefix("Breakout-")
-        header, *rows = (folder / "metrics.csv").read_bytes().splitlines(keepends=True) or [b""]
+        header, *rows = csv.reader((folder / "metrics.csv").read_text().splitlines() or [""])
         if not rows:
             raise UserError(f"{folder} has no iteration yet: wait for its first")
         every = -(-len(rows) // 500)
-        thinned = rows[(len(rows) - 1) % every :: every]  # the last row stays
-        (RESULTS / f"{name}.csv").write_bytes(b"".join([header, *thinned]))
+        thinned = [header, *rows[(len(rows) - 1) % every :: every]]  # the last row stays
+        with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([shorten(x) for x in cells] for cells in thinned)
         copies = {"eval.json": f"{name}.json"}
         for picture in ("reconstruction.png", "jacobian.png", "episode.gif") if pictures else ():
             copies[picture] = f"{name}-{picture}"
