@@ -65,16 +65,16 @@ def draw_lines(axes, curves, ylabel):
         label = f"{model}, {len(lines)} seed{'s' if len(lines) > 1 else ''}"
         axes.plot(steps, median, label=label, color=color)
     axes.set(xlabel="env steps (4 game frames each)", ylabel=ylabel)
-    axes.legend()
 
 
 def draw(name, curves, ylabel, xscale="linear", **scale):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     draw_lines(axes, curves, ylabel)
     axes.set_xscale(xscale, **scale)
+    figure.legend(loc="outside lower center")  # many names would hide the lines
     figure.savefig(HERE / name, dpi=110)
     print(HERE / name)
 
@@ -125,6 +125,7 @@ def overview(pretrain, joint, models: list = FIG3):
     cells[1].set_title("the pretrained VAE's picture of it", fontsize=10)
     cells[2].set_title("what joint's value looks at, in blue", fontsize=10)
     draw_lines(right, read_curves(models), "score")
+    right.legend()
     figure.savefig(HERE / "overview.png", dpi=100)
     print(HERE / "overview.png")
 
