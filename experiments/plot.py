@@ -167,9 +167,9 @@ def shorten(cell):
 
 
 def publish(folders: list, pictures=False, weights=False):
-    """Copy metrics.csv, thinned to 500 rows, and eval.json of each run to results/, under its name
-    without the game; --pictures: its pictures, too; --weights: its weights, without Adam's state
-    and in half precision and compressed, to weights/."""
+    """Copy metrics.csv, thinned to 500 rows and its numbers shortened, and eval.json of each run to
+    results/, under its name without the game; --pictures: its pictures, too; --weights: its
+    weights, without Adam's state and in half precision and compressed, to weights/."""
     for folder in map(Path, folders):
         name = folder.name.removeprefix("Breakout-")
         header, *rows = csv.reader((folder / "metrics.csv").read_text().splitlines() or [""])
