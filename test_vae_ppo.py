@@ -459,10 +459,10 @@ class NoiseEnvs:
         return *self.seen[-1], {"episode_frame_number": self.clock}
 
 
-def play(agent, T=16, N=3, seed=0, times=1, p=0.15):
+def play(agent, T=16, N=3, seed=0, times=1, p=0.15, device="cpu"):
     """A Buffer filled on NoiseEnvs, and the games it is from."""
     games = vae_ppo.Games(NoiseEnvs(N, seed, p), 1, None)
-    buffer = vae_ppo.Buffer(agent, T, N, torch.device("cpu"))
+    buffer = vae_ppo.Buffer(agent, T, N, torch.device(device))
     torch.manual_seed(seed)
     for _ in range(times):
         vae_ppo.rollout(agent, games, buffer)
@@ -1416,6 +1416,7 @@ def test_no_tensor_is_left_on_the_wrong_device(mode, monkeypatch):
     agent = make_agent()
     games = vae_ppo.Games(NoiseEnvs(3), 1, None)
     device = torch.device("lazy:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or fake tensors look for it
     actions = SimpleNamespace(numpy=lambda: np.zeros(3, dtype=np.int64))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: actions)  # fake tensors have no contents
     monkeypatch.setattr(torch.Tensor, "item", lambda x: 1.0)
@@ -1435,6 +1436,51 @@ def test_no_tensor_is_left_on_the_wrong_device(mode, monkeypatch):
         vae_ppo.read_metrics(seen, last, device)
         assert set(crossings.seen[17:]) <= {"_to_copy"}
         assert buffer.frames.device == buffer.logits.device == agent.mu.weight.device == device
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ("fixed", "adapt", "joint"))
+def test_a_gpu_computes_what_the_cpu_does(mode, monkeypatch):
+    """A GPU's rollout, loss, metrics and gradients are the CPU's, but for rounding."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of 10 bits
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)  # devices draw other noise
+    args = make_args(mode, "--num-minibatches 1")
+    agent = make_agent()
+    cpu, _ = play(agent, times=2)
+    gpu, _ = play(copy.deepcopy(agent).to("cuda"), times=2, device="cuda")
+    assert torch.equal(cpu.frames, gpu.frames.cpu()) and torch.equal(cpu.stack, gpu.stack.cpu())
+    gpu.actions.copy_(cpu.actions)  # and other actions
+    agent.actor.weight.data *= 1.5  # now the policy differs from the rollout's
+    answers = []
+    for buffer, device in ((cpu, "cpu"), (gpu, "cuda")):
+        own = copy.deepcopy(agent).to(device)
+        loss, metrics = vae_ppo.minibatch_loss(own, buffer, one_minibatch(buffer, args), args)
+        loss.backward()
+        gradients = [p.grad for p in own.parameters() if p.grad is not None]
+        tensors = [buffer.mu, buffer.logits, buffer.values, loss, *metrics.values(), *gradients]
+        answers.append([x.cpu() for x in tensors])
+    for x, y in zip(*answers, strict=True):
+        assert (x - y).norm() <= 1e-3 * x.norm() + 1e-6
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", TRAINED)
+def test_a_gpu_repeats_bitwise_and_a_cpu_goes_on(mode, vae_run):
+    """Equal seeds give bitwise equal weights on a GPU; each device resumes the other's run."""
+    for name in "ab":
+        argv = tiny(mode, "--cuda", name, vae_run / "checkpoint.pt")
+        assert run_main(argv) == 0
+    weights = load("runs/a")["weights"]
+    assert weights["mu.weight"].is_cuda and same(weights, load("runs/b")["weights"])
+    done = len(rows_of("runs/a"))
+    for rows, device in ((done + 1, "--no-cuda"), (done + 2, "--cuda")):
+        length = f"--vae-epochs {rows}" if mode == "pretrain" else f"--total-timesteps {32 * rows}"
+        argv = tiny(mode, f"{device} --resume {length}", "a", vae_run / "checkpoint.pt")
+        assert run_main(argv) == 0
+        assert len(rows_of("runs/a")) == rows
 
 
 # ---- Checkpoint and log ----
