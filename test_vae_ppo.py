@@ -462,7 +462,7 @@ class NoiseEnvs:
 def play(agent, T=16, N=3, seed=0, times=1, p=0.15, device="cpu"):
     """A Buffer filled on NoiseEnvs, and the games it is from."""
     games = vae_ppo.Games(NoiseEnvs(N, seed, p), 1, None)
-    buffer = vae_ppo.Buffer(agent, T, N, torch.device(device))
+    buffer = vae_ppo.Buffer(agent, T, N, device)
     torch.manual_seed(seed)
     for _ in range(times):
         vae_ppo.rollout(agent, games, buffer)
