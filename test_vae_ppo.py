@@ -126,7 +126,8 @@ BAD = [
     ("--mode pretrain --no-anneal-lr", "pretrain anneal_lr"),
     ("--mode joint --learning-rate -1", "learning_rate -1"),
     ("--mode joint --kappa inf", "kappa inf"),
-    ("--mode joint --kappa 0", "kappa 0"),
+    ("--mode joint --kappa 0", "kappa 1e-6"),
+    ("--mode joint --kappa 1e-50", "kappa 1e-6"),
     ("--mode joint --run-name none --resume", "runs/none does not exist --resume"),
     ("--mode joint --gamma 1.5", "gamma 1.5"),
     ("--mode joint --num-envs 0", "num_envs 0"),
@@ -223,6 +224,14 @@ def test_networks_and_vae_loss_take_any_leading_dimensions(shape):
         assert logits.shape == (*layout, 3) and value.shape == layout
         answers.append([*(y.reshape(-1) for y in (mu, logvar, p_x, logits, value)), l_vae])
     torch.testing.assert_close(*answers)
+
+
+def test_pixels_are_seen_between_0_and_1():
+    """encode hands a white frame to the encoder as ones, a black one as zeros."""
+    agent = make_agent()
+    frames = torch.stack([black(1)[0], 255 - black(1)[0]])
+    hidden = agent.encoder(torch.stack([torch.zeros(1, 84, 84), torch.ones(1, 84, 84)]))
+    torch.testing.assert_close(agent.encode(frames), (agent.mu(hidden), agent.logvar(hidden)))
 
 
 def test_permuting_frames_permutes_blocks_of_u():
@@ -430,7 +439,8 @@ def test_a_mode_moves_exactly_its_networks(mode, vae_run):
             moved.add(name)
     assert moved == {name for name in fresh if name.split(".")[0] in TRAINED[mode]}
     (group,) = saved["optimizer"]["param_groups"]
-    assert len(group["params"]) == len(moved) and group["lr"] == vae_ppo.MODES[mode][1]
+    assert len(group["params"]) == len(moved)
+    assert (group["lr"], group["eps"]) == (vae_ppo.MODES[mode][1], 1e-5)
 
 
 class NoiseEnvs:
@@ -585,12 +595,25 @@ def test_scores_are_those_of_whole_games(breakout):
     assert list(games.scores) == scores and sum(scores) > 0
 
 
+def test_the_score_is_of_the_last_100_games():
+    """A resumed run's scores are those of the last 100 games, which it had before."""
+    assert list(vae_ppo.Games(NoiseEnvs(2), 1, None, range(150)).scores) == list(range(50, 150))
+
+
 def test_rewards_are_raw_and_fire_may_be_missing():
     """A dot in Ms. Pac-Man, which has no FIRE, pays its raw 10, and NOOP stands in for FIRE."""
     envs, fire = vae_ppo.make_envs(make_args("joint", "--env-id ALE/MsPacman-v5 --num-envs 1"))
     games = vae_ppo.Games(envs, fire, np.array([0]))
     rewards = [int(games.step(np.array([3]))[1][0]) for _ in range(100)]
     assert fire == 0 and 10 in rewards and games.score == sum(rewards)
+
+
+@pytest.mark.parametrize("probability", (0.0, 0.25))
+def test_actions_stick_as_often_as_asked(probability):
+    """The emulator has --repeat-action-probability, which is 0 where nothing is said."""
+    flags = f"--repeat-action-probability {probability}" if probability else ""
+    envs, _ = vae_ppo.make_envs(make_args("joint", flags))
+    assert envs.spec.kwargs["repeat_action_probability"] == probability
 
 
 def test_preprocessing_is_that_of_opencv():
@@ -783,6 +806,8 @@ def test_minibatches_see_the_stacks_of_the_rollout(mode, monkeypatch):
 
     spy(monkeypatch, "ppo_loss", compare)
     args = make_args(mode)
+    if mode == "fixed":
+        agent.encode = None  # it reads the means of the rollout
     for mb in vae_ppo.minibatches(buffer, *torch.zeros(2, 16, 3), args):
         vae_ppo.minibatch_loss(agent, buffer, mb, args)
     assert shares == [24, 24]
@@ -847,6 +872,23 @@ def test_minibatches_cover_each_step_once(L, pieces, N, seed, data):
     for epoch in (batches[: args.num_minibatches], batches[args.num_minibatches :]):
         steps = torch.cat([mb["actions"].flatten() for mb in epoch])
         assert steps.sort().values.tolist() == list(range(T * N))
+
+
+def test_every_epoch_has_its_own_order(monkeypatch):
+    """Two epochs over a rollout, or over pretraining's frames, go through them in other orders."""
+    agent = make_agent()
+    buffer, _ = play(agent, T=64)
+    args = make_args("joint", "--update-epochs 2 --num-minibatches 1")
+    one, two = vae_ppo.minibatches(buffer, *torch.zeros(2, 64, 3), args)
+    assert not torch.equal(one["rows"][0], two["rows"][0])
+    orders = []
+    spy(monkeypatch, "vae_loss", lambda *inputs: orders.append(inputs[3][:, 0, 0]))
+    frames = torch.arange(128, dtype=torch.uint8)[:, None, None].expand(-1, 84, 84)
+    optimizer = torch.optim.Adam(agent.encoder.parameters(), 0.0)
+    for _ in range(2):
+        vae_ppo.pretrain_epoch(agent, optimizer, frames, args)
+    assert not torch.equal(*orders)
+    assert all(order.sort().values.tolist() == list(range(128)) for order in orders)
 
 
 def learn(flags, lr=1e-3):
@@ -1165,18 +1207,19 @@ def test_weights_that_explode_end_the_run_with_a_sentence(capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of itself
-def test_compile_compiles_each_network_and_shows_in_no_key(monkeypatch, joint_runs):
-    """--compile hands each network to torch.compile; the checkpoint is that of a plain run."""
-    compiled = []
-    real = nn.Module.compile
+def test_compile_compiles_all_networks_and_shows_in_no_key(monkeypatch, joint_runs):
+    """With --compile every weight is in a graph of torch.compile; the checkpoint is that of a plain
+    run."""
+    shapes = []
 
-    def compile_eagerly(network):
-        compiled.append(network)
-        real(network, backend="eager")
+    def backend(graph, inputs):
+        shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, nn.Parameter))
+        return graph.forward
 
-    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
     assert run_main(tiny("joint", "--compile --total-timesteps 64")) == 0
-    assert len(compiled) == len(list(make_agent().children()))
+    assert set(shapes) == {tuple(x.shape) for x in load("runs/r")["weights"].values()}
     assert same(load("runs/r")["weights"], load(joint_runs / "a")["weights"])
 
 
@@ -1270,6 +1313,13 @@ def test_a_killed_process_ends_the_others():
         assert first.returncode > 0
 
 
+def test_a_rank_without_its_number_of_processes_is_no_matter(monkeypatch):
+    """RANK alone, as some clusters set it, does not keep a run from being saved."""
+    monkeypatch.setenv("RANK", "1")
+    assert run_main(tiny("joint")) == 0
+    assert load("runs/r")["iteration"] == 1
+
+
 def loss_of_rank(agent, rank):
     """L_joint of a minibatch of the games of one process."""
     args = make_args("joint", "--run-name other")
@@ -1299,6 +1349,15 @@ def on_rank(rank, port):
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
     vae_ppo.apply_gradient(optimizer, loss_of_rank(agent, rank))
     kept["gradient"] = [p.grad for p in agent.parameters()]
+    loss = vae_ppo.minibatch_loss
+
+    def with_kl(*inputs):
+        l_joint, metrics = loss(*inputs)
+        return l_joint, metrics | {"losses/approx_kl": torch.tensor(float(rank))}
+
+    vae_ppo.minibatch_loss = with_kl
+    buffer, _ = play(agent)
+    _, kept["stopped"] = real(agent, optimizer, buffer, make_args("joint", "--run-name other"))
     torch.save(kept, f"rank{rank}.pt")
 
 
@@ -1315,7 +1374,7 @@ def two_ranks(tmp_path_factory):
 def test_two_processes_end_with_equal_weights(two_ranks):
     """Two processes that play different games have bitwise equal weights after an iteration."""
     a, b, folder = two_ranks
-    assert not torch.equal(a["frames"], b["frames"])
+    assert not torch.equal(a["frames"][3], b["frames"][3])  # the first, before any action
     assert same(a["weights"], b["weights"])
     assert same(a["weights"], load(folder)["weights"])
 
@@ -1328,6 +1387,8 @@ def test_two_processes_share_the_kl_that_stops_them(two_ranks):
     shared = (a["approx_kl"] + b["approx_kl"]) / 2
     for rank in (a, b):
         assert rank["last"]["losses/approx_kl"].item() == pytest.approx(shared)
+        assert rank["stopped"]["losses/kl_stop"]  # by rank 1's, which alone is above the target
+        assert rank["stopped"]["losses/updates"] == 1
 
 
 def test_two_processes_follow_the_mean_of_their_gradients(two_ranks):
@@ -1520,6 +1581,9 @@ DAMAGED = {
     "malicious": lambda good: torch_saved({"weights": {}, "args": Malicious()}),
     "foreign": lambda good: torch_saved({"state_dict": {}}),
     "list": lambda good: torch_saved([1, 2]),
+    "arguments": lambda good: torch_saved({"weights": {}, "args": 3}),
+    "list of weights": lambda good: torch_saved({"weights": [1], "args": {}}),
+    "number as weight": lambda good: torch_saved({"weights": {"a": 1}, "args": {}}),
 }
 
 
@@ -1622,6 +1686,13 @@ def test_weights_of_another_network_are_refused(flag, joint_runs, vae_run, capsy
         refused(reading(flag, path), capsys, path, "'optimizer'")
 
 
+@pytest.mark.parametrize("flag", ("--resume", "--vae", "--policy"))
+def test_a_checkpoint_of_nothing_is_refused(flag, joint_runs, capsys):
+    """A checkpoint that has neither weights nor settings is refused."""
+    path = keep_changed(joint_runs / "a", lambda saved: saved.update(weights={}, args={}))
+    refused(reading(flag, path), capsys, path, "no checkpoint of this vae_ppo.py")
+
+
 @pytest.mark.parametrize("flag", ("--vae", "--policy"))
 def test_a_missing_checkpoint_is_refused(flag, capsys):
     """A checkpoint that is not there is named, and the failed start leaves no folder."""
@@ -1718,6 +1789,32 @@ def test_wandb_is_told_the_metrics(monkeypatch):
     assert subprocess.run([sys.executable, vae_ppo.__file__, *argv], timeout=120).returncode == 0
     (path,) = Path("wandb").glob("offline-run-*/*.wandb")
     assert path.read_bytes().count(b"vae/recon_loss") >= 2
+
+
+# ---- Experiments ----
+def test_the_probe_knows_where_the_ball_is():
+    """find_balls is within 2 pixels of the place that the emulator's memory has of the ball."""
+    evaluate = pytest.importorskip("experiments.evaluate")
+    ale = ale_py.ALEInterface()
+    ale.setLoggerMode(ale_py.LoggerMode.Error)
+    ale.loadROM(ale_py.roms.get_rom_path("breakout"))
+    ale.reset_game()
+    fire, right, left = ale.getMinimalActionSet()[1:]
+    rng = np.random.default_rng(0)
+    frames, places = [], []
+    for step in range(300):
+        screens, memory = [], []  # x and y; 0 while there is no ball
+        for _ in range(2):
+            ale.act(fire if step % 40 == 0 else rng.choice([right, left]))
+            screens.append(ale.getScreenGrayscale())
+            memory.append(ale.getRAM()[[99, 101]].astype(float))
+        frames.append(cv2.resize(np.maximum(*screens), (84, 84), interpolation=cv2.INTER_AREA))
+        place = np.mean(memory, axis=0) + [-48, 11]  # on the screen
+        places.append(place * [84 / 160, 84 / 210] - 0.5 if np.all(memory) else [np.nan] * 2)
+    balls = evaluate.find_balls(torch.from_numpy(np.array(frames))).numpy()
+    error = np.abs(balls - places)
+    assert np.isfinite(error).all(axis=1).sum() > 50
+    assert np.nanmax(error) < 2
 
 
 # ---- README and published weights ----

@@ -118,7 +118,7 @@ def parse_args(argv=None):
             value = getattr(args, name)
             if args.mode not in modes.split(", ") and value != default:
                 parser.error(f"--mode {args.mode} does not use {name}")
-            low = int(type(value) is int and name not in ("seed", "env_threads"))
+            low = 1 if type(value) is int and name not in ("seed", "env_threads") else 0
             high = 1 if name in ("gamma", "gae_lambda", "repeat_action_probability") else 1e9
             if type(value) in (int, float) and not low <= value <= high:
                 parser.error(f"{name} must be a number from {low} to {high:g}, not {value}")
@@ -127,8 +127,8 @@ def parse_args(argv=None):
     segments = args.num_steps // args.segment_length * args.num_envs
     if args.num_steps % args.segment_length or segments % args.num_minibatches:
         parser.error("segment_length must divide num_steps, num_minibatches the segments")
-    if args.kappa == 0:
-        parser.error("kappa must be above 0: a small one leaves the VAE to itself")
+    if args.kappa < 1e-6:
+        parser.error("kappa must be at least 1e-6, which leaves the VAE to itself")
     _, learning_rate = MODES[args.mode]
     args.learning_rate = args.learning_rate or learning_rate
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -358,7 +358,7 @@ class Buffer:
         with torch.device(device):
             self.frames = torch.zeros(rows, N, 84, 84, dtype=torch.uint8)
             self.mu = torch.zeros(rows, N, agent.mu.out_features)
-            self.stack = torch.full((T + 1, N, agent.num_stack), rows - 1)
+            self.stack = torch.full((T + 1, N, agent.num_stack), self.C + T)
             self.reset_row = torch.zeros(T + 1, N, dtype=torch.bool)
             self.terminated = torch.zeros(T, N, dtype=torch.bool)
             self.actions = torch.zeros(T, N, dtype=torch.long)
@@ -387,7 +387,7 @@ def rollout(agent, games, buffer):
     C, T = buffer.C, buffer.T
     buffer.frames[:C] = buffer.frames[T : T + C].clone()  # begin at the last one's end
     buffer.frames[C] = torch.from_numpy(games.frame)
-    buffer.stack[0] = buffer.stack[T] - T
+    buffer.stack[0] = buffer.stack[T] - T  # in the first rollout row C
     buffer.reset_row[0] = buffer.reset_row[T]
     buffer.mu[:C], _ = agent.encode(buffer.frames[:C])  # with the new weights
     for t in range(T + 1):
@@ -416,7 +416,8 @@ def gae(buffer, gamma, gae_lambda):
 # ---- Update ----
 def minibatches(buffer, advantages, returns, args):
     """Epochs: each has every segment of L steps of a game once, in random order."""
-    L, device = args.segment_length, advantages.device
+    L = args.segment_length
+    device = advantages.device
     first_steps = torch.arange(0, buffer.T, L, device=device)
     segments = torch.cartesian_prod(first_steps, torch.arange(buffer.N, device=device))
     rows = torch.arange(buffer.C + L, device=device)[:, None]
@@ -488,7 +489,7 @@ def load_player(args, num_actions):
     if args.policy:
         saved = load_checkpoint(args.policy, env_id=args.env_id)
         sizes = saved["args"]
-        if sizes["mode"] == "pretrain":
+        if sizes.get("mode") == "pretrain":
             raise UserError(f"--policy {args.policy} is of --mode pretrain: no policy")
         with reading(args.policy):
             player = Agent(num_actions, sizes["latent_dim"], sizes["num_stack"])
@@ -530,7 +531,7 @@ def start_process(args):
     if args.world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
         dist.barrier()  # all have looked for the run's folder before it is made
-    rank = int(os.environ.get("RANK", "0"))
+    rank = dist.get_rank() if dist.is_initialized() else 0
     return torch.device("cuda" if use_cuda else "cpu"), rank
 
 
@@ -541,11 +542,12 @@ def read_metrics(seen, last, device):
     metrics.update(last)
     values = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in metrics.values()]
     numbers = mean_over_ranks(torch.stack(values)).tolist()
-    for name, number in zip(metrics, numbers, strict=True):
+    metrics = dict(zip(metrics, numbers, strict=True))
+    for name, number in metrics.items():
         limit = 1e6 if name == "weights/norm" else math.inf  # some 50 to 300 in a sound run
         if not abs(number) < limit:  # as NaN is not
             raise UserError(f"{name} is {number} (not saved): lower --learning-rate")
-    return dict(zip(metrics, numbers, strict=True))
+    return metrics
 
 
 def make_agent(args, num_actions, device):
@@ -553,8 +555,9 @@ def make_agent(args, num_actions, device):
     torch.manual_seed(args.seed)
     agent = Agent(num_actions, args.latent_dim, args.num_stack).to(device)
     if args.compile:
-        for network in agent.children():
-            network.compile()
+        agent.encode = torch.compile(agent.encode)
+        agent.policy = torch.compile(agent.policy)
+        agent.decoder.forward = torch.compile(agent.decoder.forward)
     networks, _ = MODES[args.mode]
     parameters = [p for name in networks for p in getattr(agent, name).parameters()]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
@@ -580,13 +583,15 @@ def train(args):
     if start >= num_iterations:
         print(f"{path.parent} has {start} of {num_iterations} iterations: it is finished")
         return 0
-    seeds = reseed(args, rank, 0 if pretrain else start)  # it plays its frames again
-    games = Games(envs, fire, seeds, () if pretrain else scores)
-    if pretrain:
+    if pretrain:  # resumed, it plays its frames again
+        games = Games(envs, fire, reseed(args, rank, 0))
         player = load_player(args, agent.actor.out_features)
+    else:
+        games = Games(envs, fire, reseed(args, rank, start), scores)
     if rank == 0:
         log = Log(args, log_size, start * batch, num_iterations * batch)
-        print(f"{args.mode} on {args.env_id}, {device} x {args.world_size}", flush=True)
+        where = f"{args.env_id}, {device} x {args.world_size}"
+        print(f"{args.mode} on {where}, from iteration {start + 1}", flush=True)
     if pretrain:
         frames = collect_frames(player, games, args.num_frames, device)
     else:
@@ -640,13 +645,14 @@ def load_checkpoint(path, **settings):
     """A checkpoint, of which nothing is executed. Raises UserError at other settings."""
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights, made_with = checkpoint["weights"], checkpoint["args"]
+        made_with = dict(checkpoint["args"])
+        weights = checkpoint["weights"].items()
+        broken = [name for name, x in weights if not x.isfinite().all()]
     for name, value in settings.items():
         if made_with.get(name, value) != value:
             raise UserError(f"{path} is of {name} {made_with[name]}, not {value}")
-    for name, x in weights.items():
-        if not x.isfinite().all():
-            raise UserError(f"{path} is of no use: its {name} is not finite")
+    if broken:
+        raise UserError(f"{path} is of no use: its {broken[0]} is not finite")
     return checkpoint
 
 

@@ -95,7 +95,7 @@ def probe():
     rows = list(csv.DictReader((RESULTS / "probe.csv").read_text().splitlines()))
     for row in rows:
         if row["mode"] != "pretrain":
-            model, seed = row["run"].removeprefix("Breakout-").rsplit("-seed", 1)
+            model, _, seed = row["run"].removeprefix("Breakout-").rpartition("-seed")
             player = row["player"].removeprefix("Breakout-")
             points = curves.setdefault(f"{model} in games of {player}", {}).setdefault(seed, [])
             points.append((float(row["global_step"]), float(row["r2"])))
