@@ -1216,11 +1216,18 @@ def test_compile_compiles_all_networks_and_shows_in_no_key(monkeypatch, joint_ru
         shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, nn.Parameter))
         return graph.forward
 
+    monkeypatch.setenv("CXX", sys.executable)  # the backend needs none
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
     assert run_main(tiny("joint", "--compile --total-timesteps 64")) == 0
     assert set(shapes) == {tuple(x.shape) for x in load("runs/r")["weights"].values()}
     assert same(load("runs/r")["weights"], load(joint_runs / "a")["weights"])
+
+
+def test_compile_without_a_compiler_is_refused(monkeypatch, capsys):
+    """--compile where there is no C++ compiler ends with a sentence, not in torch's."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(tiny("joint", "--compile"), capsys, "--compile", "g++")
 
 
 # ---- Training: processes ----

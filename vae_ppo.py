@@ -26,6 +26,7 @@ import fcntl
 import io
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -52,7 +53,7 @@ FLAGS = {  # by mode: name, default, what it is ("authors": as in their code)
         ("env_id", "ALE/Breakout-v5", "any ALE/*-v5 game (paper)"),
         ("seed", 1, "of weights, actions and games"),
         ("cuda", True, "run on the GPU, if there is one"),
-        ("compile", False, "torch.compile the networks"),
+        ("compile", False, "torch.compile the networks (needs g++)"),
         ("torch_deterministic", True, "CUDA kernels that repeat"),
         ("runs_dir", "runs", "where runs are kept"),
         ("run_name", "", "folder in it; default: of game, mode, kappa and seed"),
@@ -129,6 +130,8 @@ def parse_args(argv=None):
         parser.error("segment_length must divide num_steps, num_minibatches the segments")
     if args.kappa < 1e-6:
         parser.error("kappa must be at least 1e-6, which leaves the VAE to itself")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        parser.error("--compile needs a C++ compiler: install g++, or leave out --compile")
     _, learning_rate = MODES[args.mode]
     args.learning_rate = args.learning_rate or learning_rate
     args.world_size = int(os.environ.get("WORLD_SIZE", "1"))
