@@ -28,6 +28,7 @@ MODELS = {
     "joint-kappa20": "--mode joint --kappa 20",
     "joint-kappa1": "--mode joint --kappa 1",
     "joint-kappa10": "--mode joint --kappa 10",
+    "joint-kappa100": "--mode joint --kappa 100",
     "joint-kappa1e6": "--mode joint --kappa 1e6",  # the control: hardly any VAE
 }
 stop = threading.Event()
