@@ -524,10 +524,11 @@ def pretrain_epoch(agent, optimizer, frames, args):
 def start_process(args):
     """Set torch up and join the other processes of torchrun. Returns the device and the rank."""
     Categorical.set_default_validate_args(False)  # validation waits for the device
-    # By oneDNN, on AMD twice as fast as by MKL: in float32, or in bfloat16 if the CPU has AMX
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    # Freed at once, it makes glibc keep 60 MiB for the next minibatch, and not give them back
-    torch.empty(30 * 2**20, dtype=torch.uint8)
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("avx512_f") and not cpu.get("amx_bf16"):  # AMX would round to bfloat16
+        # Lets oneDNN multiply matrices, still in float32: on AMD twice as fast as MKL
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    torch.empty(30 * 2**20, dtype=torch.uint8)  # once it is freed, glibc keeps 60 MiB to reuse
     use_cuda = args.cuda and torch.cuda.is_available()
     if use_cuda:
         gpu = int(os.environ.get("LOCAL_RANK", "0"))
