@@ -524,18 +524,18 @@ def pretrain_epoch(agent, optimizer, frames, args):
 def start_process(args):
     """Set torch up and join the other processes of torchrun. Returns the device and the rank."""
     Categorical.set_default_validate_args(False)  # validation waits for the device
-    cpu = torch.cpu.get_capabilities()
-    if cpu.get("avx512_f") and not cpu.get("amx_bf16"):  # AMX would round to bfloat16
-        # Lets oneDNN multiply matrices, still in float32: on AMD twice as fast as MKL
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     torch.empty(30 * 2**20, dtype=torch.uint8)  # once it is freed, glibc keeps 60 MiB to reuse
     use_cuda = args.cuda and torch.cuda.is_available()
+    cpu = torch.cpu.get_capabilities()
     if use_cuda:
         gpu = int(os.environ.get("LOCAL_RANK", "0"))
         if gpu >= torch.cuda.device_count():
             raise UserError("more processes than GPUs: start fewer, or add --no-cuda")
         torch.cuda.set_device(gpu)
         torch.backends.cudnn.deterministic = args.torch_deterministic
+    elif cpu.get("avx512_f") and not cpu.get("amx_bf16"):  # AMX would round to bfloat16
+        # Lets oneDNN multiply matrices, still in float32: on AMD twice as fast as MKL
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     if args.world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
         dist.barrier()  # all have looked for the run's folder before it is made
