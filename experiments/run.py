@@ -87,9 +87,8 @@ def main():
     )
     parser.add_argument("--steps", default="10M", help="of each run, like 500k or 10M")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument(
-        "--processes", type=int, default=2, help="runs at once, which share the cores"
-    )
+    parser.add_argument("--processes", type=int, default=2, help="runs at once")
+    parser.add_argument("--threads", type=int, default=1, help="cores of each run")
     args = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stop.set())
