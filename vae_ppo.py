@@ -44,42 +44,43 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ---- Arguments ----
-FLAGS = [  # group (see MODES), name, default, least value, help ("authors": as in their code)
+COUNT, WEIGHT, SHARE = (1, 1e9), (0, 1e9), (0, 1)
+FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in their code)
     ("run", "env_id", "ALE/Breakout-v5", None, "any ALE/*-v5 game (paper)"),
-    ("run", "seed", 1, 0, "of weights, actions and games"),
+    ("run", "seed", 1, WEIGHT, "of weights, actions and games"),
     ("run", "cuda", True, None, "run on the GPU, if there is one"),
     ("run", "runs_dir", "runs", None, "folder of all runs"),
     ("run", "run_name", "", None, "folder in it; if not given, made of the flags"),
     ("run", "resume", False, None, "go on from the checkpoint, with new games"),
-    ("run", "checkpoint_every", 20, 1, "iterations between two checkpoints"),
+    ("run", "checkpoint_every", 20, COUNT, "iterations between two checkpoints"),
     ("run", "track", False, None, "log to Weights & Biases too (pip install wandb)"),
-    ("run", "learning_rate", 0.0, 0, "of Adam; 0: that of the mode"),
-    ("run", "num_envs", 16, 1, "N, games at once (authors)"),
-    ("run", "repeat_action_probability", 0.0, 0, "sticky actions (paper)"),
-    ("run", "env_threads", 0, 0, "threads of the emulator; 0: one for each core"),
-    ("run", "latent_dim", 20, 1, "numbers in z (authors)"),
+    ("run", "learning_rate", 0.0, WEIGHT, "of Adam; 0: that of the mode"),
+    ("run", "num_envs", 16, COUNT, "N, games at once (authors)"),
+    ("run", "repeat_action_probability", 0.0, SHARE, "sticky actions (paper)"),
+    ("run", "env_threads", 0, WEIGHT, "threads of the emulator; 0: one for each core"),
+    ("run", "latent_dim", 20, COUNT, "numbers in z (authors)"),
     ("frames", "policy", "", None, "checkpoint of the player; if not given, chance"),
-    ("frames", "num_frames", 25_000, 1, "frames to learn from (paper)"),
-    ("frames", "vae_epochs", 20, 1, "passes over these frames"),
+    ("frames", "num_frames", 25_000, COUNT, "frames to learn from (paper)"),
+    ("frames", "vae_epochs", 20, COUNT, "passes over these frames"),
     ("vae", "vae", "", None, "checkpoint of the pretrained VAE"),
-    ("kappa", "kappa", 20.0, 1e-6, "weight of L_PPO (paper's best)"),
-    ("L_VAE", "beta", 1.0, 0, "weight of the KL in L_VAE (paper)"),
-    ("L_PPO", "total_timesteps", 10_000_000, 1, "steps of 4 game frames each (paper)"),
+    ("kappa", "kappa", 20.0, (1e-6, 1e9), "weight of L_PPO (paper's best)"),
+    ("L_VAE", "beta", 1.0, WEIGHT, "weight of the KL in L_VAE (paper)"),
+    ("L_PPO", "total_timesteps", 10_000_000, COUNT, "steps of 4 game frames each (paper)"),
     ("L_PPO", "anneal_lr", True, None, "learning rate falls linearly to 0 (authors)"),
-    ("L_PPO", "num_steps", 128, 1, "T, steps of a rollout (authors)"),
-    ("L_PPO", "num_stack", 4, 1, "frames that the policy sees (paper)"),
-    ("L_PPO", "num_minibatches", 16, 1, "minibatches in an epoch"),
-    ("L_PPO", "segment_length", 8, 1, "L, consecutive steps in a minibatch"),
-    ("L_PPO", "update_epochs", 4, 1, "passes over a rollout (CleanRL)"),
-    ("L_PPO", "gamma", 0.99, 0, "discount (authors)"),
-    ("L_PPO", "gae_lambda", 0.95, 0, "lambda of GAE (authors)"),
+    ("L_PPO", "num_steps", 128, COUNT, "T, steps of a rollout (authors)"),
+    ("L_PPO", "num_stack", 4, COUNT, "frames that the policy sees (paper)"),
+    ("L_PPO", "num_minibatches", 16, COUNT, "minibatches in an epoch"),
+    ("L_PPO", "segment_length", 8, COUNT, "L, consecutive steps in a minibatch"),
+    ("L_PPO", "update_epochs", 4, COUNT, "passes over a rollout (CleanRL)"),
+    ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
+    ("L_PPO", "gae_lambda", 0.95, SHARE, "lambda of GAE (authors)"),
     ("L_PPO", "norm_adv", True, None, "normalise advantages in a minibatch (CleanRL)"),
-    ("L_PPO", "clip_coef", 0.1, 0, "epsilon of J_clip (authors)"),
+    ("L_PPO", "clip_coef", 0.1, WEIGHT, "epsilon of J_clip (authors)"),
     ("L_PPO", "clip_vloss", True, None, "clip the value loss too (authors)"),
-    ("L_PPO", "ent_coef", 0.01, 0, "c_H, weight of the entropy (authors)"),
-    ("L_PPO", "vf_coef", 0.5, 0, "c2, weight of the value loss (authors)"),
-    ("L_PPO", "max_grad_norm", 0.5, 0, "longest gradient; 0: any (authors)"),
-    ("L_PPO", "target_kl", 0.015, 0, "KL that ends an update; 0: none (authors)"),
+    ("L_PPO", "ent_coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
+    ("L_PPO", "vf_coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
+    ("L_PPO", "max_grad_norm", 0.5, WEIGHT, "longest gradient; 0: any (authors)"),
+    ("L_PPO", "target_kl", 0.015, WEIGHT, "KL that ends an update; 0: none (authors)"),
 ]
 
 
@@ -98,14 +99,12 @@ def parse_args(argv=None):
         parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
     args = parser.parse_args(argv)
     mode = MODES[args.mode]
-    for group, name, default, least, _ in FLAGS:
+    for group, name, default, limits, _ in FLAGS:
         value = getattr(args, name)
         if group not in mode.flags and value != default:
             parser.error(f"--mode {args.mode} does not use {name}")
-        if least is not None and not value >= least:  # as NaN is not
-            parser.error(f"{name} must be at least {least}, not {value}")
-    if max(args.gamma, args.gae_lambda, args.repeat_action_probability) > 1:
-        parser.error("gamma, gae_lambda and repeat_action_probability must be at most 1")
+        if limits and not limits[0] <= value <= limits[1]:  # as NaN is not
+            parser.error(f"{name} must be from {limits[0]} to {limits[1]:g}, not {value}")
     if "vae" in mode.flags and not args.vae:
         parser.error(f"--mode {args.mode} needs --vae, a checkpoint of --mode pretrain")
     segments = args.num_steps // args.segment_length * args.num_envs
@@ -113,6 +112,12 @@ def parse_args(argv=None):
         parser.error("segment_length must divide num_steps, num_minibatches the segments")
     args.learning_rate = args.learning_rate or mode.learning_rate
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)  # processes, by torchrun
+    args.batch_size = args.num_steps * args.num_envs * args.world_size
+    if args.mode == "pretrain":  # its steps are frames, its iterations epochs
+        args.batch_size = args.num_frames * args.world_size
+        args.total_timesteps = args.vae_epochs * args.batch_size
+    if args.total_timesteps < args.batch_size:
+        parser.error(f"total_timesteps must be at least an iteration, {args.batch_size}")
     if not args.run_name:
         game = args.env_id.split("/")[-1].removesuffix("-v5")
         kappa = f"-kappa{args.kappa:g}" if "kappa" in mode.flags else ""
@@ -257,8 +262,7 @@ def make_agent(args, num_actions, device):
     torch.manual_seed(args.seed)
     agent = Agent(num_actions, args.latent_dim, args.num_stack)
     if args.vae:
-        same = {"env_id": args.env_id, "latent_dim": args.latent_dim}
-        saved = load_checkpoint(args.vae, mode="pretrain", **same)
+        saved = load_checkpoint(args.vae, args, "env_id", "latent_dim")
         new_policy = {k: x for k, x in agent.state_dict().items() if k.startswith(POLICY)}
         agent.load_state_dict(saved["weights"] | new_policy)
     networks = MODES[args.mode].networks
@@ -337,6 +341,14 @@ class Games:
         self.frame = obs[:, 0]
         self.reset_row = terminated | truncated
         return self.frame, reward, terminated, truncated
+
+
+def draw_seeds(args, rank, global_step):
+    """Seed torch. Returns seeds of new games (N,): no other run, process or start has them."""
+    sequence = np.random.SeedSequence([args.seed, rank, global_step])
+    *seeds, torch_seed = (sequence.generate_state(args.num_envs + 1) >> 1).tolist()
+    torch.manual_seed(torch_seed)
+    return np.array(seeds)
 
 
 # ---- Rollout and GAE ----
@@ -495,7 +507,7 @@ def learn_policy(agent, optimizer, games, args, steps):
 def collect_frames(args, games, num_actions, device):
     """Frames (num_frames, 84, 84) uint8 of games that --policy plays, or chance."""
     if args.policy:
-        saved = load_checkpoint(args.policy, env_id=args.env_id)
+        saved = load_checkpoint(args.policy, args, "env_id")
         if saved["args"]["mode"] == "pretrain":
             sys.exit(f"--policy {args.policy} is of --mode pretrain, which has no policy")
         player = Agent(num_actions, saved["args"]["latent_dim"], saved["args"]["num_stack"])
@@ -535,7 +547,7 @@ def start_process(args):
     if args.world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
         dist.barrier()  # all have looked for the run's folder before it is made
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = dist.get_rank() if args.world_size > 1 else 0
     return torch.device("cuda" if use_cuda else "cpu"), rank
 
 
@@ -543,26 +555,21 @@ def train(args, signals=()):
     """Run a mode from its start, or its checkpoint, to its end, or until `signals` has one."""
     device, rank = start_process(args)
     folder = Path(args.runs_dir, args.run_name)
-    path = folder / "checkpoint.pt"
+    total, batch = args.total_timesteps, args.batch_size
     if rank == 0:
-        where = f"{device} x {args.world_size}, {torch.get_num_threads()} threads"
-        print(f"{args.mode} on {args.env_id}, {where}, in {folder}", flush=True)
+        threads = torch.get_num_threads()
+        print(f"{args.mode} of {args.env_id} on {device}, {threads} threads: {folder}", flush=True)
     envs, serve = make_envs(args)
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
-    global_step, scores, log_size = restore(agent, optimizer, args, path)
-    pretrain = args.mode == "pretrain"
-    learn = learn_vae if pretrain else learn_policy
-    batch = args.world_size * (args.num_frames if pretrain else args.num_steps * args.num_envs)
-    total = args.vae_epochs * batch if pretrain else args.total_timesteps
-    steps = range(global_step, total - batch + 1, batch)  # at which iterations begin
+    global_step, scores, log_size = restore(agent, optimizer, args, folder / "checkpoint.pt")
+    steps = range(global_step, total - batch + 1, batch)  # at which the iterations begin
     if not steps:
-        print(f"{folder} has {global_step} of {total} steps, an iteration has {batch}: finished")
+        print(f"{folder} has {global_step} of {total} steps: it is finished")
         return
-    start = 0 if pretrain else global_step  # a resumed pretrain plays its frames again
-    sequence = np.random.SeedSequence([args.seed, rank, start])  # no other run has its seeds
-    *seeds, torch_seed = (sequence.generate_state(args.num_envs + 1) >> 1).tolist()
-    torch.manual_seed(torch_seed)
-    games = Games(envs, serve, np.array(seeds), scores)
+    learn, game_step = learn_policy, global_step
+    if args.mode == "pretrain":
+        learn, game_step = learn_vae, 0  # resumed, it plays the same frames again
+    games = Games(envs, serve, draw_seeds(args, rank, game_step), scores)
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
     bar = tqdm(total=total, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
@@ -575,21 +582,21 @@ def train(args, signals=()):
         if rank == 0:
             seconds = time.perf_counter() - clock
             clock += seconds
-            row = {
+            charts = {
                 "global_step": global_step,
                 "charts/episodic_return": np.mean(games.scores) if games.scores else None,
                 "charts/SPS": round(batch / seconds),
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                **metrics,
             }
-            write_log(file, tensorboard, row)
-            with suppress(OSError):  # the terminal may be gone
-                bar.set_postfix(score=row["charts/episodic_return"], refresh=False)
-                bar.update(batch)
+            write_log(file, tensorboard, charts | metrics)
             last = stop or global_step > steps[-1]
             if last or global_step // batch % args.checkpoint_every == 0:
                 progress = {"scores": list(games.scores), "log_size": file.tell()}
-                save_checkpoint(path, agent, optimizer, args, global_step, progress)
+                progress |= {"global_step": global_step, "args": vars(args)}
+                save_checkpoint(folder / "checkpoint.pt", agent, optimizer, progress)
+            with suppress(OSError):  # the terminal may be gone
+                bar.set_postfix(score=charts["charts/episodic_return"], refresh=False)
+                bar.update(batch)
         if stop:
             break
 
@@ -613,16 +620,16 @@ def main():
 
 
 # ---- Checkpoint and log ----
-def load_checkpoint(path, **settings):
-    """A checkpoint that was made with these settings. Nothing in it is executed."""
+def load_checkpoint(path, args, *names):
+    """A checkpoint that was made with the settings `names` of args. Nothing in it is executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         made_with = saved["args"]
     except Exception as error:  # the file is missing, damaged, or not ours
         sys.exit(f"{path} is no checkpoint of vae_ppo.py: {error!r:.90}")
-    for name, value in settings.items():
-        if made_with.get(name, value) != value:
-            sys.exit(f"{path} is of {name} {made_with[name]}, not {value}")
+    for name in names:
+        if made_with[name] != getattr(args, name):
+            sys.exit(f"{path} is of {name} {made_with[name]}, not {getattr(args, name)}")
     return saved
 
 
@@ -630,9 +637,7 @@ def restore(agent, optimizer, args, path):
     """Load the run's checkpoint, if any. Returns global_step, scores, size of metrics.csv."""
     if not path.exists():  # a new run, or one that was killed before its first checkpoint
         return 0, [], 0
-    same = {"mode": args.mode, "env_id": args.env_id}
-    same |= {"latent_dim": args.latent_dim, "num_stack": args.num_stack}
-    saved = load_checkpoint(path, **same)
+    saved = load_checkpoint(path, args, "mode", "env_id", "latent_dim", "num_stack")
     agent.load_state_dict(saved["weights"])
     optimizer.load_state_dict(saved["optimizer"])
     optimizer.param_groups[0]["lr"] = args.learning_rate
@@ -644,13 +649,12 @@ def restore(agent, optimizer, args, path):
     return saved["global_step"], saved["scores"], saved["log_size"]
 
 
-def save_checkpoint(path, agent, optimizer, args, global_step, progress):
+def save_checkpoint(path, agent, optimizer, progress):
     """Replace the checkpoint as a whole, or not at all."""
-    checkpoint = {"weights": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    checkpoint.update(progress, args=vars(args), global_step=global_step)
+    state = {"weights": agent.state_dict(), "optimizer": optimizer.state_dict()}
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        torch.save(checkpoint, file)
+        torch.save(state | progress, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
