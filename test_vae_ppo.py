@@ -5,29 +5,24 @@ Run: python -m pytest -q (a few minutes on two CPU cores)."""
 import contextlib
 import copy
 import csv
-import fcntl
 import functools
-import gc
+import importlib.util
 import io
 import itertools
 import math
 import os
-import pickle
 import re
-import resource
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-import warnings
-import weakref
-from collections import Counter, deque
+from collections import deque
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest.mock import Mock
 
 import ale_py
 import cv2
@@ -37,7 +32,6 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -77,25 +71,29 @@ def make_args(mode, flags=""):
     return vae_ppo.parse_args(tiny(mode, flags))
 
 
-def run_main(argv):
-    """The exit code of the program, whether `parse_args` or `main` ends it."""
+def run_main(argv, signals=()):
+    """Run to the end. Returns 0, argparse's 2, or the sentence that ends the program."""
     try:
-        return vae_ppo.main(argv)
+        vae_ppo.train(vae_ppo.parse_args(argv), signals)
     except SystemExit as stop:
         return stop.code
+    return 0
 
 
 def refused(argv, capsys, *words):
-    """argv ends with 2 and one line on stderr that has the words, and touches nothing on disk."""
+    """argv ends with argparse's error or with a sentence. It has the words, and nothing on disk
+    is touched."""
     before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
     capsys.readouterr()
-    with warnings.catch_warnings(record=True) as shown, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.delattr(vae_ppo, "rollout")  # what is not refused must not train for hours
-        assert run_main(argv) == 2
-    (line,) = [*capsys.readouterr().err.splitlines(), *shown]
-    assert "error: " in line
+        answer = run_main(argv)
+    if answer == 2:
+        *_, answer = capsys.readouterr().err.splitlines()
+        assert "error: " in answer
+    assert isinstance(answer, str) and answer.count("\n") == 0
     for word in words:
-        assert word in line
+        assert word in answer
     assert before == {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
 
 
@@ -126,60 +124,57 @@ BAD = [
     ("--mode pretrain --no-anneal-lr", "pretrain anneal_lr"),
     ("--mode joint --learning-rate -1", "learning_rate -1"),
     ("--mode joint --kappa inf", "kappa inf"),
-    ("--mode joint --kappa 0", "kappa 1e-6"),
-    ("--mode joint --kappa 1e-50", "kappa 1e-6"),
+    ("--mode joint --kappa 0", "kappa 1e-06"),
+    ("--mode joint --ent-coef nan", "ent_coef nan"),
     ("--mode joint --run-name none --resume", "runs/none does not exist --resume"),
     ("--mode joint --gamma 1.5", "gamma 1.5"),
+    ("--mode joint --gae-lambda 1.5", "gae_lambda 1.5"),
     ("--mode joint --num-envs 0", "num_envs 0"),
     ("--mode joint --num-envs 10000000000", "num_envs 10000000000"),
     ("--mode joint --seed -1", "seed -1"),
     ("--mode joint --num-steps 100 --num-minibatches 2", "segment_length num_steps"),
     ("--mode joint --num-envs 2 --num-steps 8 --num-minibatches 4", "segment_length num_steps"),
     ("--mode joint --num-minibatches 7", "num_minibatches"),
-    ("--mode joint --total-timesteps 2047", "total"),
-    ("--mode joint --env-id ALE/Breakot-v5", "Breakot `Breakout`"),
+    ("--mode joint --total-timesteps 2047", "total_timesteps 2048"),
+    ("--mode joint --env-id ALE/Breakot-v5", "ALE/Breakot-v5 ALE/Breakout-v5"),
     ("--mode joint --env-id CartPole-v1", "CartPole-v1 ALE/Breakout-v5"),
-    ("--mode joint --env-id nothing:Breakout-v5", "nothing"),
-    ("--mode joint --runs-dir file/below", "file"),
+    ("--mode joint --runs-dir file/below", "file/below"),
 ]
 
 
 @pytest.mark.parametrize("flags, words", BAD)
 def test_bad_input_is_refused(flags, words, capsys):
-    """What makes no sense ends with exit code 2 and one sentence that names it."""
+    """What makes no sense ends the program with one sentence that names it."""
     Path("file").write_text("a regular file")
     refused(flags.split(), capsys, *words.split())
 
 
-FLAGS = [name for flags in vae_ppo.FLAGS.values() for name, _, _ in flags]
-NAMES = [f"--{name.replace('_', '-')}" for name in FLAGS]
-VALUES = "-1 0 1 2 3 16 0.5 1e999 nan -inf joint fixed ALE/Pong-v5 x. .. --".split()
+def test_a_number_of_processes_that_makes_no_sense_is_refused(monkeypatch, capsys):
+    """WORLD_SIZE of 0 is refused; an empty one is one process."""
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert make_args("joint").world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    refused(tiny("joint"), capsys, "one iteration")
 
 
-@given(st.lists(st.sampled_from([*NAMES, "--mode", "--help", *VALUES]) | st.text(max_size=8)))
-def test_any_command_line_is_read_or_refused(words):
-    """Whatever the command line, it is read, refused with exit code 2, or shows the help."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        try:
-            args = vae_ppo.parse_args(["--mode", "joint", *words])
-        except SystemExit as stop:
-            assert stop.code in (0, 2)
-            assert out.getvalue()
-        else:
-            assert args.num_envs >= 1 and 0 <= args.gamma < math.inf
-            assert (
-                Path(args.runs_dir).resolve() == Path(args.runs_dir, args.run_name).resolve().parent
-            )
+def test_a_new_mode_that_starts_from_a_vae_needs_one(monkeypatch, capsys):
+    """A mode that is added with the flags "vae" does not start silently from random weights."""
+    monkeypatch.setitem(vae_ppo.MODES, "new", vae_ppo.MODES["adapt"])
+    refused("--mode new".split(), capsys, "--vae")
 
 
-def test_a_mode_whose_name_is_part_of_another_has_its_own_flags(monkeypatch, capsys):
-    """A mode `train` that is added to the script does not take the flags of `pretrain`."""
-    monkeypatch.setitem(vae_ppo.MODES, "train", vae_ppo.MODES["joint"])
-    refused("--mode train --num-frames 10".split(), capsys, "train", "num_frames")
+def test_help_has_a_line_for_each_mode_and_names_each_default(capsys):
+    """--help has a usage line, one line a mode, and no empty default."""
+    with pytest.raises(SystemExit):
+        vae_ppo.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: vae_ppo.py --mode")
+    assert all(re.search(rf"^{mode} +.*L_", text, re.MULTILINE) for mode in vae_ppo.MODES)
+    assert not re.search(r"default:\s*\)", text)
 
 
 @pytest.mark.parametrize("exists", (False, True))
-@pytest.mark.parametrize("name", ("..", ".", "../x", "a/b", "a/", "/tmp/x", "a/../../x"))
+@pytest.mark.parametrize("name", ("..", ".", "../x", "a/b", "/tmp/x", "a/../../x"))
 def test_a_run_never_lies_outside_runs_dir(name, exists, capsys):
     """--run-name is the name of a folder in --runs-dir, whether that exists or not; no path."""
     if exists:
@@ -219,7 +214,7 @@ def test_networks_and_vae_loss_take_any_leading_dimensions(shape):
         p_x = agent.decoder(mu)
         logits, value = agent.policy(mu.repeat_interleave(4, dim=-1))
         torch.manual_seed(0)
-        l_vae, metrics = vae_ppo.vae_loss(agent.decoder, mu, logvar, x, 2.0)
+        l_vae, metrics = vae_ppo.vae_loss(agent, x, mu, logvar, SimpleNamespace(beta=2.0))
         assert mu.shape == logvar.shape == (*layout, 5) and p_x.shape == x.shape
         assert logits.shape == (*layout, 3) and value.shape == layout
         answers.append([*(y.reshape(-1) for y in (mu, logvar, p_x, logits, value)), l_vae])
@@ -251,6 +246,12 @@ def black(*shape):
     return torch.zeros(*shape, 84, 84, dtype=torch.uint8)
 
 
+def vae_loss(decoder, mu, logvar, frames, beta):
+    """L_VAE and metrics of an agent that has this decoder."""
+    agent, args = SimpleNamespace(decoder=decoder), SimpleNamespace(beta=beta)
+    return vae_ppo.vae_loss(agent, frames, mu, logvar, args)
+
+
 def constant(logit):
     """A decoder whose logits are all the same."""
     return lambda z: torch.full((*z.shape[:-1], 84, 84), float(logit))
@@ -260,7 +261,7 @@ def constant(logit):
 def test_vae_kl_by_hand(mu, var, nats):
     """In 20 dimensions the KL is 10 nats at mu = 1 and 16.1 at a variance of 4; beta weighs it."""
     mu, logvar = torch.full((3, 20), float(mu)), torch.full((3, 20), math.log(var))
-    l_vae, metrics = vae_ppo.vae_loss(constant(-99), mu, logvar, black(3), beta=3.0)
+    l_vae, metrics = vae_loss(constant(-99), mu, logvar, black(3), beta=3.0)
     assert metrics["vae/kl"].item() == pytest.approx(nats)
     assert l_vae.item() == pytest.approx(3 * nats)
 
@@ -274,7 +275,7 @@ def test_reconstruction_by_hand(logit, white, nats):
     frames = black(3)
     frames[:, : int(84 * white)] = 255
     mu, logvar = torch.zeros(3, 5), torch.zeros(3, 5)
-    l_vae, metrics = vae_ppo.vae_loss(constant(logit), mu, logvar, frames, beta=1.0)
+    l_vae, metrics = vae_loss(constant(logit), mu, logvar, frames, beta=1.0)
     assert metrics["vae/recon_loss"].item() == pytest.approx(84 * 84 * nats, rel=1e-5)
     assert l_vae.item() == metrics["vae/recon_loss"].item()
 
@@ -290,7 +291,7 @@ def test_latents_are_sampled():
         return torch.zeros(*z.shape[:-1], 84, 84)
 
     logvar = (2 * std.log()).expand(500, 5)
-    vae_ppo.vae_loss(decoder, mu.expand(500, 5), logvar, black(500), beta=1.0)
+    vae_loss(decoder, mu.expand(500, 5), logvar, black(500), beta=1.0)
     assert ((seen[0].mean(0) - mu).abs() < 0.15 * std).all()
     assert (seen[0].std(0) / std - 1).abs().max() < 0.1
 
@@ -306,7 +307,7 @@ def ppo(probability, old=0.5, advantage=1.0, value=0.0, old_value=0.0, ret=0.0, 
         "values": old_value,
         "advantages": advantage,
         "returns": ret,
-        "valid": torch.ones_like(p, dtype=torch.bool),
+        "reset_row": torch.zeros_like(p, dtype=torch.bool),
     }
     args = make_args("joint", f"--no-norm-adv --clip-coef 0.2 --ent-coef 0 --vf-coef 0 {flags}")
     return vae_ppo.ppo_loss(torch.stack([p, 1 - p], -1).log(), value, mb, args)
@@ -362,7 +363,7 @@ def random_minibatch(seed=0, steps=40):
         "values": values,
         "advantages": advantages,
         "returns": returns,
-        "valid": torch.rand(steps, generator=g) < 0.6,
+        "reset_row": torch.rand(steps, generator=g) > 0.6,
     }
     return new.requires_grad_(), value.clone().requires_grad_(), mb
 
@@ -373,7 +374,7 @@ def test_masked_steps_have_no_influence():
     for other in (False, True):
         logits, value, mb = random_minibatch()
         if other:
-            masked = ~mb["valid"]
+            masked = mb["reset_row"]
             logits2, value2, mb2 = random_minibatch(seed=1)
             for key in ("actions", "logits", "values", "advantages", "returns"):
                 mb[key][masked] = mb2[key][masked] * (1 if key == "actions" else 50)
@@ -389,7 +390,7 @@ def test_masked_steps_have_no_influence():
 def test_reset_rows_alone_cost_nothing():
     """A minibatch without a valid step has a loss of 0, not NaN, and so has its gradient."""
     logits, value, mb = random_minibatch()
-    mb["valid"][:] = False
+    mb["reset_row"][:] = True
     loss, _ = vae_ppo.ppo_loss(logits, value, mb, make_args("joint"))
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all() and (value.grad == 0).all()
@@ -399,7 +400,7 @@ def test_approx_kl_is_that_of_torch():
     """approx_kl is KL(pi_old || pi) in closed form, as torch.distributions has it."""
     logits, value, mb = random_minibatch()
     pi_old, pi = (torch.distributions.Categorical(logits=x) for x in (mb["logits"], logits))
-    expected = torch.distributions.kl_divergence(pi_old, pi)[mb["valid"]].mean()
+    expected = torch.distributions.kl_divergence(pi_old, pi)[~mb["reset_row"]].mean()
     _, metrics = vae_ppo.ppo_loss(logits, value, mb, make_args("joint"))
     assert metrics["losses/approx_kl"].item() == pytest.approx(expected.item())
 
@@ -409,7 +410,7 @@ def test_approx_kl_is_that_of_torch():
 def vae_run(tmp_path_factory):
     """The folder of a pretrain run of three epochs."""
     folder = tmp_path_factory.mktemp("vae")
-    assert vae_ppo.main([*tiny("pretrain", name="vae"), "--runs-dir", str(folder)]) == 0
+    assert run_main([*tiny("pretrain", name="vae"), "--runs-dir", str(folder)]) == 0
     return folder / "vae"
 
 
@@ -426,10 +427,9 @@ def test_a_mode_moves_exactly_its_networks(mode, vae_run):
     """A run moves every tensor of its mode's networks, at its rate, and no other; fixed and adapt
     begin with the pretrained VAE, bitwise, and with a policy of their own."""
     argv = tiny(mode, "--seed 2", vae=vae_run / "checkpoint.pt")
-    begun = copy.deepcopy(new_agent(4, 20, 4, 2))
+    begun, _ = vae_ppo.make_agent(vae_ppo.parse_args(argv), 4, "cpu")
     fresh = new_agent(4, 20, 4, 2).state_dict()
-    assert vae_ppo.restore(begun, None, vae_ppo.parse_args(argv), Path("none")) == (0, [], 0)
-    assert vae_ppo.main(argv) == 0
+    assert run_main(argv) == 0
     pretrained, saved = load(vae_run)["weights"], load("runs/r")
     moved = set()
     for name, x in begun.state_dict().items():
@@ -440,7 +440,7 @@ def test_a_mode_moves_exactly_its_networks(mode, vae_run):
     assert moved == {name for name in fresh if name.split(".")[0] in TRAINED[mode]}
     (group,) = saved["optimizer"]["param_groups"]
     assert len(group["params"]) == len(moved)
-    assert (group["lr"], group["eps"]) == (vae_ppo.MODES[mode][1], 1e-5)
+    assert (group["lr"], group["eps"]) == (vae_ppo.MODES[mode].learning_rate, 1e-5)
 
 
 class NoiseEnvs:
@@ -480,9 +480,22 @@ def play(agent, T=16, N=3, seed=0, times=1, p=0.15, device="cpu"):
 
 
 def one_minibatch(buffer, args):
-    """The first minibatch of an update."""
-    advantages, returns = vae_ppo.gae(buffer, args.gamma, args.gae_lambda)
-    return next(vae_ppo.minibatches(buffer, advantages, returns, args))
+    """The segments of the first minibatch of an update."""
+    vae_ppo.gae(buffer, args.gamma, args.gae_lambda)
+    return next(vae_ppo.minibatches(buffer, args))
+
+
+def naive_loss(agent, buffer, segments, args):
+    """The loss of joint the plain way, which encodes and decodes all frames of each stack."""
+    mb = vae_ppo.gather(buffer, segments, args.segment_length)
+    frames = buffer.frames[mb["rows"]]
+    game = torch.arange(frames.shape[1])[:, None]
+    stacks = frames[mb["stack"], game]  # (L, B, num_stack, 84, 84)
+    mu, logvar = agent.encode(stacks)
+    logits, value = agent.policy(mu.flatten(-2))
+    l_ppo, metrics = vae_ppo.ppo_loss(logits, value, mb, args)
+    l_vae, _ = vae_ppo.vae_loss(agent, *(x.flatten(0, 2) for x in (stacks, mu, logvar)), args)
+    return args.kappa * l_ppo + l_vae, metrics
 
 
 @pytest.fixture
@@ -492,19 +505,20 @@ def joint_step():
     agent = make_agent()
     args = make_args("joint", "--kappa 3 --beta 2 --num-minibatches 1")
     buffer, _ = play(agent)
-    mb = one_minibatch(buffer, args)
+    segments = one_minibatch(buffer, args)
     agent.actor.weight.data *= 1.5  # now the policy differs from the rollout's
     weights = [*agent.encoder.parameters(), *agent.mu.parameters()]
     torch.manual_seed(7)
-    loss, metrics = vae_ppo.minibatch_loss(agent, buffer, mb, args)
+    loss, metrics = vae_ppo.minibatch_loss(agent, buffer, segments, args)
     loss.backward()
     joint = torch.cat([p.grad.flatten() for p in weights])
+    mb = vae_ppo.gather(buffer, segments, args.segment_length)
     frames = buffer.frames[mb["rows"]]
     mu, logvar = agent.encode(frames)
     logits, value = agent.policy(vae_ppo.stack_features(mu, mb["stack"]))
     l_ppo, _ = vae_ppo.ppo_loss(logits, value, mb, args)
     torch.manual_seed(7)
-    l_vae, _ = vae_ppo.vae_loss(agent.decoder, mu[3:], logvar[3:], frames[3:], args.beta)
+    l_vae, _ = vae_ppo.vae_loss(agent, frames[3:], mu[3:], logvar[3:], args)
     at_u, alone = [], []
     for l_x in (l_ppo, l_vae):
         g_u, *g = torch.autograd.grad(l_x, [mu, *weights], retain_graph=True)
@@ -533,7 +547,7 @@ def test_logged_gradients_are_those_of_each_loss_at_u(joint_step):
 @pytest.fixture(scope="module")
 def breakout():
     """800 steps of 4 real games, whose player never serves: games, and one dict per step."""
-    args = make_args("joint", "--num-envs 4 --env-threads 1 --runs-dir none")
+    args = make_args("joint", "--num-envs 4 --total-timesteps 64 --runs-dir none")
     envs, fire = vae_ppo.make_envs(args)
     games = vae_ppo.Games(envs, fire, np.arange(4))
     log = []
@@ -644,14 +658,14 @@ def test_preprocessing_is_that_of_opencv():
             assert np.array_equal(frame, cv2.resize(screen, (84, 84), interpolation=cv2.INTER_AREA))
 
 
-def test_no_two_runs_processes_or_iterations_share_seeds():
-    """Seeds of games and torch differ between runs, ranks and iterations, and repeat on demand."""
+def test_no_two_runs_processes_or_starts_share_seeds():
+    """Seeds of games and torch differ between runs, ranks and starts, and repeat on demand."""
     args = make_args("joint")
     seen = []
-    for args.seed, rank, iteration in itertools.product((1, 2), range(3), range(3)):
-        seeds = vae_ppo.reseed(args, rank, iteration).tolist()
+    for args.seed, rank, step in itertools.product((1, 2), range(3), (0, 2048, 4096)):
+        seeds = vae_ppo.draw_seeds(args, rank, step).tolist()
         seen += [*seeds, torch.initial_seed()]
-        assert vae_ppo.reseed(args, rank, iteration).tolist() == seeds
+        assert vae_ppo.draw_seeds(args, rank, step).tolist() == seeds
     assert len(set(seen)) == 18 * 3 and min(seen) >= 0 and max(seen) < 2**31
 
 
@@ -700,11 +714,13 @@ def test_the_next_rollout_carries_frames_over():
 
 def test_a_stack_repeats_the_first_frame_of_an_episode():
     """A stack has the rows of the last frames, oldest first, and none before the reset row's."""
-    buffer = vae_ppo.Buffer(make_agent(), 5, 1, torch.device("cpu"))
+    agent = make_agent()
+    buffer = vae_ppo.Buffer(agent, 5, 1, torch.device("cpu"))
     buffer.stack[0] = 3
-    frame, no = np.zeros((1, 84, 84), dtype=np.uint8), np.array([False])
-    for t in range(5):
-        buffer.add(t, frame, np.array([0]), np.array([t == 1]), no)
+    buffer.reset_row[2] = True  # step 1 ended an episode
+    with torch.no_grad():
+        for t in range(6):
+            vae_ppo.act(agent, buffer, t)
     expected = [[3, 3, 3, 3], [3, 3, 3, 4], [3, 3, 4, 5], [6, 6, 6, 6], [6, 6, 6, 7], [6, 6, 7, 8]]
     assert buffer.stack[:, 0].tolist() == expected
 
@@ -738,13 +754,13 @@ def test_gae_by_hand():
     no, at_1 = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [True], [False]])
     cases = [(no, no, [1.5, 2, 2]), (no, at_1, [1.375, 1.5, 2]), (at_1, at_1, [1, 0, 2])]
     for terminated, done, advantages in cases:
-        buffer = SimpleNamespace(T=3, terminated=terminated)
+        buffer = SimpleNamespace(T=3, terminated=terminated, reset_row=torch.cat([no[:1], done]))
         buffer.rewards = torch.tensor([[1.0], [2], [3]])
         buffer.values = torch.tensor([[1.0], [2], [3], [4]])
-        buffer.reset_row = torch.cat([no[:1], done])
-        found, returns = vae_ppo.gae(buffer, 0.5, 0.5)
-        assert found.flatten().tolist() == advantages
-        assert (returns - found).flatten().tolist() == [1, 2, 3]
+        buffer.advantages, buffer.returns = torch.zeros(2, 3, 1)
+        vae_ppo.gae(buffer, 0.5, 0.5)
+        assert buffer.advantages.flatten().tolist() == advantages
+        assert (buffer.returns - buffer.advantages).flatten().tolist() == [1, 2, 3]
 
 
 @given(st.integers(1, 12), st.integers(1, 3), st.floats(0, 1), st.floats(0, 1), st.integers(0, 999))
@@ -759,7 +775,9 @@ def test_gae_is_the_quadratic_sum(T, N, gamma, gae_lambda, seed):
     buffer = SimpleNamespace(T=T, rewards=torch.tensor(noisy), values=torch.tensor(values))
     buffer.terminated = torch.tensor(terminated)
     buffer.reset_row = torch.tensor(reset_row)
-    advantages, _ = vae_ppo.gae(buffer, gamma, gae_lambda)
+    buffer.advantages, buffer.returns = torch.zeros(2, T, N, dtype=torch.float64)
+    vae_ppo.gae(buffer, gamma, gae_lambda)
+    advantages = buffer.advantages
     for t, n in itertools.product(range(T), range(N)):
         expected = 0.0
         for k in range(t, T):
@@ -808,16 +826,15 @@ def test_minibatches_see_the_stacks_of_the_rollout(mode, monkeypatch):
     args = make_args(mode)
     if mode == "fixed":
         agent.encode = None  # it reads the means of the rollout
-    for mb in vae_ppo.minibatches(buffer, *torch.zeros(2, 16, 3), args):
-        vae_ppo.minibatch_loss(agent, buffer, mb, args)
+    for segments in vae_ppo.minibatches(buffer, args):
+        vae_ppo.minibatch_loss(agent, buffer, segments, args)
     assert shares == [24, 24]
 
 
 @pytest.mark.parametrize("num_stack", (1, 4))
 def test_joint_has_the_loss_of_the_plain_way(num_stack):
-    """The benchmark's naive loss, which encodes every stack, is the script's. Of stacks only PPO's
-    part is, since the naive L_VAE counts a frame as often as it is in one."""
-    benchmark = pytest.importorskip("experiments.benchmark")
+    """The naive loss, which encodes every stack, is the script's. Of stacks only PPO's part is,
+    since the naive L_VAE counts a frame as often as it is in one."""
     agent = make_agent(num_stack)
     buffer, _ = play(agent)
     args = make_args("joint", f"--num-stack {num_stack}")
@@ -825,7 +842,7 @@ def test_joint_has_the_loss_of_the_plain_way(num_stack):
     torch.manual_seed(0)
     loss, metrics = vae_ppo.minibatch_loss(agent, buffer, mb, args)
     torch.manual_seed(0)
-    plain_loss, plain_metrics = benchmark.naive_loss(agent, buffer, mb, args)
+    plain_loss, plain_metrics = naive_loss(agent, buffer, mb, args)
     if num_stack == 1:
         torch.testing.assert_close(loss, plain_loss)
     for name, x in plain_metrics.items():
@@ -849,17 +866,14 @@ def test_minibatches_cover_each_step_once(L, pieces, N, seed, data):
         "logits": (ids + 0.2)[..., None].expand(T, N, 3),
         "advantages": ids + 0.3,
         "returns": ids + 0.4,
-        "valid": torch.rand(T, N, generator=g) < 0.7,
+        "reset_row": torch.rand(T, N, generator=g) < 0.3,
     }
-    for name in ("actions", "logits"):
-        getattr(buffer, name)[:] = belonging[name]
-    buffer.values[:T] = belonging["values"]
-    buffer.reset_row[:T] = ~belonging["valid"]
+    for name, x in belonging.items():
+        getattr(buffer, name)[:T] = x
     buffer.stack[:] = 2 + torch.arange(T + 1)[:, None, None] - age
     buffer.frames[:] = torch.arange((T + 3) * N).view(T + 3, N, 1, 1)
     torch.manual_seed(seed)
-    advantages, returns = belonging["advantages"], belonging["returns"]
-    batches = list(vae_ppo.minibatches(buffer, advantages, returns, args))
+    batches = [vae_ppo.gather(buffer, x, L) for x in vae_ppo.minibatches(buffer, args)]
     assert len(batches) == 2 * args.num_minibatches
     for mb in batches:
         step = mb["actions"]
@@ -874,33 +888,38 @@ def test_minibatches_cover_each_step_once(L, pieces, N, seed, data):
         assert steps.sort().values.tolist() == list(range(T * N))
 
 
+def pretrain(agent, optimizer, frames, args, monkeypatch, epochs=1):
+    """The metrics of epochs of pretraining on these frames."""
+    monkeypatch.setattr(vae_ppo, "collect_frames", lambda *_: frames)
+    return list(vae_ppo.learn_vae(agent, optimizer, None, args, range(epochs)))
+
+
 def test_every_epoch_has_its_own_order(monkeypatch):
     """Two epochs over a rollout, or over pretraining's frames, go through them in other orders."""
     agent = make_agent()
     buffer, _ = play(agent, T=64)
     args = make_args("joint", "--update-epochs 2 --num-minibatches 1")
-    one, two = vae_ppo.minibatches(buffer, *torch.zeros(2, 64, 3), args)
-    assert not torch.equal(one["rows"][0], two["rows"][0])
+    one, two = vae_ppo.minibatches(buffer, args)
+    assert not torch.equal(one, two)
     orders = []
-    spy(monkeypatch, "vae_loss", lambda *inputs: orders.append(inputs[3][:, 0, 0]))
+    spy(monkeypatch, "vae_loss", lambda *inputs: orders.append(inputs[1][:, 0, 0]))
     frames = torch.arange(128, dtype=torch.uint8)[:, None, None].expand(-1, 84, 84)
     optimizer = torch.optim.Adam(agent.encoder.parameters(), 0.0)
-    for _ in range(2):
-        vae_ppo.pretrain_epoch(agent, optimizer, frames, args)
+    pretrain(agent, optimizer, frames, args, monkeypatch, epochs=2)
     assert not torch.equal(*orders)
     assert all(order.sort().values.tolist() == list(range(128)) for order in orders)
 
 
 def learn(flags, lr=1e-3):
-    """One update of 16 minibatches in adapt: last metrics, number of Adam steps, weights."""
+    """One update of 16 minibatches in adapt: its metrics, number of Adam's steps, and weights."""
     agent = make_agent()
     buffer, _ = play(agent)
     optimizer = torch.optim.Adam(agent.parameters(), lr)
     torch.manual_seed(5)
     args = make_args("adapt", f"--update-epochs 8 {flags}")
-    _, last = vae_ppo.update(agent, optimizer, buffer, args)
+    metrics = vae_ppo.update(agent, optimizer, buffer, args)
     steps = {int(state["step"]) for state in optimizer.state.values()}
-    return last, max(steps), agent.state_dict()
+    return metrics, max(steps), agent.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -908,65 +927,25 @@ def learn(flags, lr=1e-3):
 )
 def test_the_kl_stops_an_update(lr, flags, stops):
     """A huge learning rate ends the update early, a tiny one never, nor does a target of 0."""
-    last, steps, _ = learn(flags, lr)
-    assert last["losses/kl_stop"] == stops
-    assert last["losses/updates"] == steps
+    metrics, steps, _ = learn(flags, lr)
+    assert metrics["losses/updates"] == steps
     assert 0 < steps < 16 if stops else steps == 16
 
 
 def test_the_kl_stop_comes_before_the_step():
     """A minibatch whose KL is past the target is not learnt from: here the second, after one."""
-    last, steps, weights = learn("--target-kl 1e-5", 0.01)
-    assert last["losses/approx_kl"] > 1e-5
-    assert steps == last["losses/updates"] == 1
+    metrics, steps, weights = learn("--target-kl 1e-5", 0.01)
+    assert metrics["losses/approx_kl"] > 1e-5
+    assert steps == metrics["losses/updates"] == 1
     args = make_args("adapt")
     agent = make_agent()
     buffer, _ = play(agent)
     optimizer = torch.optim.Adam(agent.parameters(), 0.01)
     torch.manual_seed(5)
     loss, _ = vae_ppo.minibatch_loss(agent, buffer, one_minibatch(buffer, args), args)
-    vae_ppo.apply_gradient(optimizer, loss, args.max_grad_norm)
+    vae_ppo.clipped_gradient(optimizer, loss, args.max_grad_norm)
+    optimizer.step()
     assert same(weights, agent.state_dict())
-
-
-class Held(torch.autograd.Function):
-    """Hands x on; its node of the graph holds a thing for as long as it lives."""
-
-    @staticmethod
-    def forward(ctx, x, thing):
-        ctx.thing = thing
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-@pytest.mark.parametrize("mode", ("fixed", "adapt", "joint"))
-def test_no_graph_outlives_an_update(mode):
-    """After an update that the KL stopped, the metrics that are kept hold no minibatch's graph."""
-    agent = make_agent()
-    encode, policy = agent.encode, agent.policy
-    held = weakref.WeakSet()
-
-    def hold(x):
-        thing = Mock()
-        held.add(thing)
-        made.append(len(held))
-        return Held.apply(x, thing)
-
-    made = []
-    args = make_args(mode, "--update-epochs 8 --latent-dim 5")
-    networks, _ = vae_ppo.MODES[mode]
-    optimizer = torch.optim.Adam(p for n in networks for p in getattr(agent, n).parameters())
-    optimizer.param_groups[0]["lr"] = 0.1
-    buffer, _ = play(agent)
-    agent.encode = lambda frames: [hold(x) for x in encode(frames)]
-    agent.policy = lambda features: policy(hold(features))
-    seen, last = vae_ppo.update(agent, optimizer, buffer, args)
-    assert last["losses/kl_stop"] and len(made) > len(seen) > 0
-    gc.collect()
-    assert len(held) == 0
 
 
 @pytest.mark.parametrize("limit, length", ((0.5, 0.5), (0.0, 5.0), (9.0, 5.0)))
@@ -977,7 +956,8 @@ def test_the_gradient_is_clipped(limit, length):
     optimizer = torch.optim.SGD([weight], 1.0)
     for step in (1, 2):
         loss = (weight * torch.tensor([3.0, 4.0])).sum()
-        norm = vae_ppo.apply_gradient(optimizer, loss, limit)
+        norm = vae_ppo.clipped_gradient(optimizer, loss, limit)
+        optimizer.step()
         assert norm.item() == pytest.approx(5)
         assert weight.norm().item() == pytest.approx(step * length, rel=1e-4)
 
@@ -992,8 +972,8 @@ def test_explained_variance_is_1_for_a_perfect_value_and_0_for_a_constant(foresi
     assert buffer.reset_row[:-1].any()
     buffer.values[:-1][buffer.reset_row[:-1]] = 100
     optimizer = torch.optim.Adam(agent.parameters())
-    _, last = vae_ppo.update(agent, optimizer, buffer, make_args("adapt", "--gamma 0"))
-    assert last["losses/explained_variance"].item() == pytest.approx(foresight, abs=1e-5)
+    metrics = vae_ppo.update(agent, optimizer, buffer, make_args("adapt", "--gamma 0"))
+    assert metrics["losses/explained_variance"] == pytest.approx(foresight, abs=1e-5)
 
 
 # ---- Pretraining ----
@@ -1017,9 +997,9 @@ def test_pretraining_frames_are_those_of_its_player(num_stack, latent_dim, monke
     spy(monkeypatch, "rollout", lambda *inputs: calls.append(inputs))
     envs = NoiseEnvs(2)
     games = vae_ppo.Games(envs, 1, None)
-    player = vae_ppo.load_player(make_args("pretrain", flags), num_actions=3)
-    frames = vae_ppo.collect_frames(player, games, 14, torch.device("cpu"))
-    assert np.array_equal(frames, np.concatenate([obs[:, 0] for obs, *_ in envs.seen])[:14])
+    args = make_args("pretrain", f"{flags} --num-frames 13")
+    frames = vae_ppo.collect_frames(args, games, 3, torch.device("cpu"))
+    assert np.array_equal(frames, np.concatenate([obs[:, 0] for obs, *_ in envs.seen])[:13])
     ((player, _, buffer),) = calls
     if num_stack:
         assert same(player.state_dict(), policy)
@@ -1029,12 +1009,16 @@ def test_pretraining_frames_are_those_of_its_player(num_stack, latent_dim, monke
 
 def test_pretraining_weighs_the_kl_by_beta(monkeypatch):
     """--beta is the weight of the KL in pretraining."""
-    betas = []
-    spy(monkeypatch, "vae_loss", lambda *inputs: betas.append(inputs[-1]))
     agent = make_agent()
-    optimizer = torch.optim.Adam(agent.encoder.parameters())
-    vae_ppo.pretrain_epoch(agent, optimizer, black(3), make_args("pretrain", "--beta 3"))
-    assert betas == [3.0]
+    optimizer = torch.optim.Adam(agent.encoder.parameters(), 0.0)
+    frames = torch.from_numpy(noise(3, rng=np.random.default_rng(0)))
+    norms = []
+    for beta in (0, 1000):
+        args = make_args("pretrain", f"--beta {beta}")
+        torch.manual_seed(0)
+        (metrics,) = pretrain(agent, optimizer, frames, args, monkeypatch)
+        norms.append(metrics["grad/norm"])
+    assert norms[1] > 10 * norms[0]
 
 
 # ---- Training: runs ----
@@ -1044,7 +1028,7 @@ def joint_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("joint")
     for name, seed, threads in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1)):
         flags = f"--total-timesteps 64 --seed {seed} --env-threads {threads} --runs-dir {folder}"
-        assert vae_ppo.main(tiny("joint", flags, name)) == 0
+        assert run_main(tiny("joint", flags, name)) == 0
     return folder
 
 
@@ -1076,12 +1060,30 @@ class SquareEnvs(NoiseEnvs):
         return self.frame(), reward, self.clock == 9, no, {"episode_frame_number": self.clock}
 
 
+VISUAL_TASK = """--num-envs 8 --update-epochs 2 --gamma 0.5 --num-stack 2 --latent-dim 8
+    --target-kl 0 --no-anneal-lr"""
+
+
+@pytest.mark.parametrize("mode, at_least, at_most", (("adapt", 6, 8), ("fixed", 0, 4)))
+def test_adapt_learns_what_its_vae_left_out_and_fixed_does_not(
+    mode, at_least, at_most, monkeypatch
+):
+    """On an encoder whose mu tells nothing of the square, adapt learns to name its place: 6 of 8
+    and more, where chance has 2.7; fixed stays near chance."""
+    monkeypatch.setattr(vae_ppo, "make_envs", lambda args: (SquareEnvs(args.num_envs), 0))
+    argv = tiny(mode, f"{VISUAL_TASK} --total-timesteps 6144 --learning-rate 1e-3")
+    blind = make_agent(2, 8, 3, 1)
+    blind.mu.weight.data *= 1e-4  # the square is there, but too faint for a policy to learn from
+    saved = vars(make_args("pretrain", "--latent-dim 8"))
+    torch.save({"weights": blind.state_dict(), "args": saved}, "vae.pt")
+    assert run_main(argv) == 0
+    assert at_least * 16 <= sum(load("runs/r")["scores"][-16:]) <= at_most * 16
+
+
 def test_joint_learns_a_small_visual_task(monkeypatch):
     """In 3 072 steps joint learns to name the square's place: 6 of 8, where chance has 2.7."""
     monkeypatch.setattr(vae_ppo, "make_envs", lambda args: (SquareEnvs(args.num_envs), 0))
-    flags = """--num-envs 8 --update-epochs 2 --gamma 0.5 --num-stack 2 --latent-dim 8 --target-kl 0
-        --total-timesteps 3072 --no-anneal-lr"""
-    assert run_main(tiny("joint", flags)) == 0
+    assert run_main(tiny("joint", f"{VISUAL_TASK} --total-timesteps 3072")) == 0
     assert sum(load("runs/r")["scores"][-16:]) > 6 * 16
 
 
@@ -1089,22 +1091,27 @@ def test_joint_learns_a_small_visual_task(monkeypatch):
 def test_stop_and_resume_go_on_where_they_were(monkeypatch):
     """A run stopped in its second of four iterations saves, and resumed it has its weights,
     moments, schedule, counters and scores, without a gap or a repeat in metrics.csv."""
-    states, rates = [], []
+    states, rates, signals, seeds = [], [], [], []
 
     def before_update(agent, optimizer, *_):
         states.append(copy.deepcopy((agent.state_dict(), optimizer.state_dict()["state"])))
         rates.append(optimizer.param_groups[0]["lr"])
         if len(rates) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signals.append(signal.SIGTERM)
 
     spy(monkeypatch, "update", before_update)
+    real = vae_ppo.draw_seeds
+    monkeypatch.setattr(
+        vae_ppo, "draw_seeds", lambda *x: (drawn := real(*x), seeds.append(drawn.tolist()))[0]
+    )
     argv = tiny("joint", "--total-timesteps 128 --learning-rate 0.004")
-    assert run_main(argv) == 128 + signal.SIGTERM
+    assert run_main(argv, signals) == 0
     saved = load("runs/r")
-    assert (saved["iteration"], saved["global_step"]) == (2, 64)
+    assert saved["global_step"] == 64
     saved["scores"] = [3.0, 4.0]
     torch.save(saved, "runs/r/checkpoint.pt")
     assert run_main([*argv, "--resume"]) == 0
+    assert len(seeds) == 2 and not set(seeds[0]) & set(seeds[1])  # it plays new games
     weights, moments = states[2]
     assert same(weights, saved["weights"])
     assert moments.keys() == saved["optimizer"]["state"].keys() != set()
@@ -1116,6 +1123,18 @@ def test_stop_and_resume_go_on_where_they_were(monkeypatch):
     assert [float(row["charts/learning_rate"]) for row in rows] == pytest.approx(rates)
     assert float(rows[2]["charts/episodic_return"]) == 3.5
     assert load("runs/r")["scores"][:2] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "flags, rate", (("--total-timesteps 128", 5e-4), ("--learning-rate 1e-4 --no-anneal-lr", 1e-4))
+)
+def test_a_resumed_run_follows_its_new_settings(flags, rate, joint_runs, capsys):
+    """After 64 steps a run is resumed to another length, or with another learning rate: the rate
+    is that of the new settings, and what has changed is printed."""
+    shutil.copytree(joint_runs / "a", "runs/r")
+    assert run_main(tiny("joint", f"--total-timesteps 96 {flags} --resume")) == 0
+    assert float(rows_of("runs/r")[2]["charts/learning_rate"]) == pytest.approx(rate)
+    assert flags.split()[0].strip("-").replace("-", "_") in capsys.readouterr().out
 
 
 def resumed(source, name, flags):
@@ -1152,87 +1171,32 @@ def test_resume_drops_rows_after_the_checkpoint(saved, joint_runs):
     assert saved or same(load("runs/r")["weights"], load(joint_runs / "a")["weights"])
 
 
-def test_a_run_goes_on_without_its_log(joint_runs):
-    """Resumed where there is nothing but the checkpoint, a run goes on and logs from there on."""
-    Path("runs/r").mkdir(parents=True)
-    shutil.copy(joint_runs / "a/checkpoint.pt", "runs/r")
-    assert run_main(tiny("joint", "--resume --total-timesteps 96")) == 0
-    assert [row["global_step"] for row in rows_of("runs/r")] == ["96"]
-
-
-def test_resumed_pretraining_is_bitwise_the_uninterrupted(vae_run):
-    """Pretraining resumed after its first epoch ends as a run never stopped, in weights and log."""
-    assert run_main(tiny("pretrain", "--vae-epochs 1")) == 0
-    assert run_main(tiny("pretrain", "--vae-epochs 3 --resume")) == 0
-    assert same(load("runs/r")["weights"], load(vae_run)["weights"])
-    for a, b in zip(rows_of("runs/r"), rows_of(vae_run), strict=True):
-        assert a["vae/recon_loss"] == b["vae/recon_loss"]
-
-
-def test_a_finished_run_says_so_when_it_is_resumed(joint_runs, vae_run, capsys, monkeypatch):
-    """Resuming a finished run names its iterations, ends with 0, plays nothing, changes no file."""
+def test_a_finished_run_says_so_when_it_is_resumed(joint_runs, capsys, monkeypatch):
+    """Resuming a finished run says so, ends with 0, plays nothing and changes no file."""
     monkeypatch.delattr(vae_ppo, "rollout")
-    for source, flags in (
-        (joint_runs / "a", tiny("joint", "--total-timesteps 64 --resume", name="joint")),
-        (vae_run, tiny("pretrain", "--resume", name="pretrain")),
-    ):
-        folder = shutil.copytree(source, Path("runs", flags[flags.index("--run-name") + 1]))
-        before = {path: path.read_bytes() for path in folder.iterdir()}
-        assert run_main(flags) == 0
-        assert " iterations: it is finished" in capsys.readouterr().out
-        assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    folder = shutil.copytree(joint_runs / "a", "runs/r")
+    before = {path: path.read_bytes() for path in Path(folder).iterdir()}
+    assert run_main(tiny("joint", "--total-timesteps 64 --resume")) == 0
+    assert "64 of 64 steps: it is finished" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-@pytest.mark.parametrize("num_minibatches, rate", ((1, 1e38), (2, 1e38), (1, 1e9)))
-def test_exploded_weights_replace_no_good_checkpoint(num_minibatches, rate, monkeypatch, capsys):
-    """A step that throws the weights to infinity or near it, the last one or one whose weights make
-    the next loss NaN, ends the run with 2 and a sentence; checkpoint and log before it stay."""
+def test_a_gradient_that_is_not_finite_ends_the_run_unsaved(monkeypatch):
+    """A NaN in the weights ends the run with a sentence; the checkpoint before it stays."""
 
-    def before_update(agent, optimizer, *_):
+    def before_update(agent, *_):
         if rows_of("runs/r"):
-            optimizer.param_groups[0]["lr"] = rate
+            agent.critic.weight.data.fill_(math.nan)
 
     spy(monkeypatch, "update", before_update)
-    flags = f"--checkpoint-every 1 --num-minibatches {num_minibatches} --total-timesteps 64"
-    assert run_main(tiny("joint", flags)) == 2
-    assert re.search("error: [a-z/_]+ is (inf|nan|[0-9.]+)", capsys.readouterr().err)
-    assert load("runs/r")["iteration"] == len(rows_of("runs/r")) == 1
-
-
-def test_weights_that_explode_end_the_run_with_a_sentence(capsys):
-    """A learning rate that makes the policy's logits NaN ends the run with 2, not a traceback."""
-    flags = "--learning-rate 9e8 --num-minibatches 1 --no-anneal-lr --total-timesteps 96"
-    assert run_main(tiny("joint", flags)) == 2
-    assert "error: " in capsys.readouterr().err
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of itself
-def test_compile_compiles_all_networks_and_shows_in_no_key(monkeypatch, joint_runs):
-    """With --compile every weight is in a graph of torch.compile; the checkpoint is that of a plain
-    run."""
-    shapes = []
-
-    def backend(graph, inputs):
-        shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, nn.Parameter))
-        return graph.forward
-
-    monkeypatch.setenv("CXX", sys.executable)  # the backend needs none
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=backend))
-    assert run_main(tiny("joint", "--compile --total-timesteps 64")) == 0
-    assert set(shapes) == {tuple(x.shape) for x in load("runs/r")["weights"].values()}
-    assert same(load("runs/r")["weights"], load(joint_runs / "a")["weights"])
-
-
-def test_compile_without_a_compiler_is_refused(monkeypatch, capsys):
-    """--compile where there is no C++ compiler ends with a sentence, not in torch's."""
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    refused(tiny("joint", "--compile"), capsys, "--compile", "g++")
+    answer = run_main(tiny("joint", "--checkpoint-every 1 --total-timesteps 64"))
+    assert "grad/norm is nan: lower --learning-rate" in answer
+    assert load("runs/r")["global_step"] == 32 and len(rows_of("runs/r")) == 1
 
 
 # ---- Training: processes ----
 @contextlib.contextmanager
-def started(*argvs, **environment):
+def started(*argvs, wait=True, **environment):
     """The program as processes, one rank each, which have logged a row; killed at the end."""
     environment |= {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = []
@@ -1241,7 +1205,7 @@ def started(*argvs, **environment):
         env = {**environment, "RANK": str(rank)}
         processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     try:
-        while processes[0].poll() is None and not rows_of("runs/r"):
+        while wait and processes[0].poll() is None and not rows_of("runs/r"):
             time.sleep(0.1)
         yield processes
     finally:
@@ -1253,29 +1217,56 @@ def started(*argvs, **environment):
 ENDLESS = "--total-timesteps 1000000 --checkpoint-every 1"
 
 
-def test_ctrl_c_saves_and_ends_the_program():
-    """Ctrl-C has a running program save a checkpoint and exit with 130."""
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+def test_ctrl_c_saves_and_ends_the_program(number):
+    """Ctrl-C, SIGTERM or a closed terminal has a running program say that it will save, save, and
+    exit with 128 and the signal's number."""
     with started(tiny("joint", "--total-timesteps 1000000")) as (process,):
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert "finishing this iteration, then saving; --resume goes on" in errors
     assert load("runs/r")["global_step"] == int(rows_of("runs/r")[-1]["global_step"])
 
 
-def test_ctrl_c_while_frames_are_played_ends_after_an_epoch(monkeypatch):
-    """Ctrl-C before the first iteration is not lost: pretraining ends after one epoch and saves."""
-    real = vae_ppo.collect_frames
+def test_a_second_ctrl_c_ends_the_program_at_once():
+    """A second Ctrl-C, in an iteration that would take minutes, ends the program."""
+    with started(tiny("joint", "--total-timesteps 9000000 --num-steps 80000"), wait=False) as (p,):
+        while not Path("runs/r/metrics.csv").exists():
+            time.sleep(0.1)
+        time.sleep(1)
+        for _ in range(2):
+            p.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        p.communicate(timeout=30)
+    assert p.returncode == -signal.SIGINT and not rows_of("runs/r")
 
-    def collect_frames(*inputs):
-        signal.raise_signal(signal.SIGINT)
-        return real(*inputs)
 
-    monkeypatch.setattr(vae_ppo, "collect_frames", collect_frames)
-    assert run_main(tiny("pretrain")) == 130
-    assert load("runs/r")["iteration"] == len(rows_of("runs/r")) == 1
+def test_nohup_and_a_closed_pipe_do_not_end_a_run():
+    """A run under nohup ignores SIGHUP; one whose stderr is a closed pipe goes on to its end."""
+    command = ["nohup", sys.executable, vae_ppo.__file__, *tiny("joint", "--total-timesteps 320")]
+    read, write = os.pipe()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=write)
+    os.close(write)
+    while process.poll() is None and not rows_of("runs/r"):
+        time.sleep(0.1)
+    os.close(read)
+    process.send_signal(signal.SIGHUP)
+    process.wait(timeout=120)
+    assert load("runs/r")["global_step"] == 320
 
 
-def test_a_second_process_in_a_live_run_is_refused(capsys):
+def test_train_runs_in_a_thread_and_leaves_signals_alone():
+    """train() works where signals cannot be caught, and changes no handler."""
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    thread = threading.Thread(target=run_main, args=(tiny("joint"),))
+    thread.start()
+    thread.join()
+    assert len(rows_of("runs/r")) == 1
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_a_second_process_in_a_live_run_is_refused():
     """--resume beside a live run is refused in one sentence and harms nothing; once the first is
     killed, its run goes on."""
     argv = [*tiny("joint", ENDLESS), "--resume"]
@@ -1283,9 +1274,7 @@ def test_a_second_process_in_a_live_run_is_refused(capsys):
         while process.poll() is None and not Path("runs/r/checkpoint.pt").exists():
             time.sleep(0.1)
         before = Path("runs/r/metrics.csv").read_bytes()
-        assert run_main(argv) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "another process is at work in runs/r" in line
+        assert "another process at work" in run_main(argv)
         assert process.poll() is None
         assert Path("runs/r/metrics.csv").read_bytes().startswith(before)
     steps = load("runs/r")["global_step"] + 32
@@ -1294,42 +1283,15 @@ def test_a_second_process_in_a_live_run_is_refused(capsys):
     assert logged == list(range(32, steps + 1, 32))
 
 
-def test_a_live_pretrain_run_is_refused_before_frames_are_played(vae_run, capsys, monkeypatch):
-    """--resume beside a live pretrain run is refused at once: no frame is played for it."""
-    shutil.copytree(vae_run, "runs/r")
-    monkeypatch.delattr(vae_ppo, "collect_frames")
-    with open("runs/r/metrics.csv") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as the live run holds it
-        refused(tiny("pretrain", "--vae-epochs 4 --resume"), capsys, "at work in runs/r")
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])
 
 
-def test_a_killed_process_ends_the_others():
-    """When one of two processes is killed, the other ends with an error, and does not hang."""
-    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    argv = tiny("joint", ENDLESS)
-    with started(argv, argv, **rendezvous) as (first, second):
-        assert first.poll() is None
-        second.kill()
-        first.communicate(timeout=60)
-        assert first.returncode > 0
-
-
-def test_a_rank_without_its_number_of_processes_is_no_matter(monkeypatch):
-    """RANK alone, as some clusters set it, does not keep a run from being saved."""
-    monkeypatch.setenv("RANK", "1")
-    assert run_main(tiny("joint")) == 0
-    assert load("runs/r")["iteration"] == 1
-
-
 def loss_of_rank(agent, rank):
     """L_joint of a minibatch of the games of one process."""
-    args = make_args("joint", "--run-name other")
+    args = make_args("joint", "--run-name other --total-timesteps 256")
     buffer, _ = play(agent, seed=rank)
     return vae_ppo.minibatch_loss(agent, buffer, one_minibatch(buffer, args), args)[0]
 
@@ -1339,24 +1301,28 @@ def on_rank(rank, port):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
-    kept = {}
-    real = vae_ppo.update
+    kept, signals = {}, []
+    real, loss = vae_ppo.update, vae_ppo.minibatch_loss
 
     def update(agent, optimizer, buffer, args):
         if rank == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        seen, last = real(agent, optimizer, buffer, args)
-        kept.update(weights=agent.state_dict(), frames=buffer.frames.clone(), last=last)
-        kept["approx_kl"] = seen[-1]["losses/approx_kl"].item()  # its own
-        return seen, last
+            signals.append(signal.SIGINT)
+        metrics = real(agent, optimizer, buffer, args)
+        kept.update(weights=agent.state_dict(), frames=buffer.frames.clone(), metrics=metrics)
+        return metrics
 
-    vae_ppo.update = update
-    kept["code"] = vae_ppo.main(tiny("joint", "--total-timesteps 256"))
+    def keep_kl(*inputs):
+        l_joint, metrics = loss(*inputs)
+        kept["approx_kl"] = metrics["losses/approx_kl"].item()  # its own
+        return l_joint, metrics
+
+    vae_ppo.update, vae_ppo.minibatch_loss = update, keep_kl
+    kept["code"] = run_main(tiny("joint", "--total-timesteps 256"), signals)
+    vae_ppo.minibatch_loss = loss
     agent = make_agent()
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.0)
-    vae_ppo.apply_gradient(optimizer, loss_of_rank(agent, rank))
+    vae_ppo.clipped_gradient(optimizer, loss_of_rank(agent, rank))
     kept["gradient"] = [p.grad for p in agent.parameters()]
-    loss = vae_ppo.minibatch_loss
 
     def with_kl(*inputs):
         l_joint, metrics = loss(*inputs)
@@ -1364,7 +1330,8 @@ def on_rank(rank, port):
 
     vae_ppo.minibatch_loss = with_kl
     buffer, _ = play(agent)
-    _, kept["stopped"] = real(agent, optimizer, buffer, make_args("joint", "--run-name other"))
+    args = make_args("joint", "--run-name other --total-timesteps 256")
+    kept["stopped"] = real(agent, optimizer, buffer, args)
     torch.save(kept, f"rank{rank}.pt")
 
 
@@ -1389,13 +1356,12 @@ def test_two_processes_end_with_equal_weights(two_ranks):
 def test_two_processes_share_the_kl_that_stops_them(two_ranks):
     """The KL that both compare with the target is the mean of the two processes' own."""
     a, b, _ = two_ranks
-    assert a["last"]["losses/updates"] == b["last"]["losses/updates"] == 2
+    assert a["metrics"]["losses/updates"] == b["metrics"]["losses/updates"] == 2
     assert a["approx_kl"] != b["approx_kl"]
     shared = (a["approx_kl"] + b["approx_kl"]) / 2
     for rank in (a, b):
-        assert rank["last"]["losses/approx_kl"].item() == pytest.approx(shared)
-        assert rank["stopped"]["losses/kl_stop"]  # by rank 1's, which alone is above the target
-        assert rank["stopped"]["losses/updates"] == 1
+        assert rank["metrics"]["losses/approx_kl"] == pytest.approx(shared)
+        assert rank["stopped"]["losses/updates"] == 1  # by rank 1's KL, which alone is too large
 
 
 def test_two_processes_follow_the_mean_of_their_gradients(two_ranks):
@@ -1413,127 +1379,51 @@ def test_two_processes_follow_the_mean_of_their_gradients(two_ranks):
 def test_a_signal_to_one_process_ends_all(two_ranks):
     """Ctrl-C that reaches one process alone ends all after the same iteration, saved."""
     a, b, folder = two_ranks
-    assert (a["code"], b["code"]) == (0, 130)
+    assert (a["code"], b["code"]) == (0, 0)
     assert load(folder)["global_step"] == 64  # of two processes
     assert [row["global_step"] for row in rows_of(folder)] == ["64"]
 
 
-# ---- Training: what start_process sets ----
-SPEED = """
-import resource, torch, vae_ppo
-vae_ppo.start_process(vae_ppo.parse_args(["--mode", "joint", "--no-cuda"]))
-for _ in range(5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    buffers = [torch.zeros(2**20) for _ in range(5)]
-    del buffers
-print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-a, b = torch.randn(128, 256), torch.randn(256, 128)
-print("error", (a @ b - a.double() @ b.double()).abs().max().item())
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="is about glibc")
-def test_freed_memory_is_reused_and_matrices_are_multiplied_in_float32():
-    """Buffers of a minibatch's size, 5120 pages, come without page faults once they were used.
-    Products are float32's, by oneDNN where it makes them so."""
-    env = {**os.environ, "PYTHONPATH": str(HERE), "ONEDNN_VERBOSE": "1"}
-    command = [sys.executable, "-c", SPEED]
-    out = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, timeout=120).stdout
-    assert int(re.search(r"^faults (\d+)$", out, re.MULTILINE)[1]) < 500
-    assert float(re.search(r"^error (.+)$", out, re.MULTILINE)[1]) < 1e-3  # bfloat16's: 0.1
-    cpu = torch.cpu.get_capabilities()
-    onednn = cpu.get("avx512_f", False) and not cpu.get("amx_bf16", False)
-    assert ("cpu,matmul" in out) == onednn
-
-
 # ---- Training: the device ----
-def test_an_iteration_waits_for_the_device_as_often_as_it_says(monkeypatch):
-    """The script itself asks for one answer per step; per iteration for each KL but the first, and
-    once for all metrics. (Within torch, `Categorical.sample` has waits of its own.)"""
-    args = make_args("joint", "--update-epochs 4 --target-kl 1000")
-    device, _ = vae_ppo.start_process(args)
-    agent = make_agent()
-    buffer = vae_ppo.Buffer(agent, 16, 3, device)
-    games = vae_ppo.Games(NoiseEnvs(3), 1, None)
-    optimizer = torch.optim.Adam(agent.parameters(), fused=True)
-    calls = Counter()
-
-    def count(name):
-        real = getattr(torch.Tensor, name)
-
-        def counted(*inputs, **options):
-            calls[name] += 1
-            return real(*inputs, **options)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
-
-    for name in ("cpu", "numpy", "item", "tolist", "__bool__", "__int__", "__float__", "to"):
-        count(name)
-    vae_ppo.rollout(agent, games, buffer)
-    assert calls == {"cpu": 16, "numpy": 16, "to": 16}
-    calls.clear()
-    seen, last = vae_ppo.update(agent, optimizer, buffer, args)
-    del calls["to"]  # clip_grad_norm_'s own, to where the gradient is
-    assert len(seen) == 8 and calls == {"item": 7}
-    calls.clear()
-    vae_ppo.read_metrics(seen, last, device)
-    assert calls == {"tolist": 1}
+WAITS = """_local_scalar_dense item nonzero nonzero_numpy masked_select is_nonzero equal _unique2
+    bincount histc repeat_interleave lift_fresh lift_fresh_copy is_pinned""".split()
 
 
-def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
-    """torchrun's second process on a machine with one GPU is told what to do."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    refused(tiny("joint", "--cuda"), capsys, "more processes than GPUs", "--no-cuda")
-
-
-class Crossings(TorchDispatchMode):
-    """Collects the operations that touch two devices."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class NoWaits(TorchDispatchMode):
+    """Refuses operators that would wait for a GPU, which a CUDA graph cannot record."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        answer = operation(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs, answer)) if isinstance(x, torch.Tensor)]
-        if len({x.device for x in tensors}) > 1:
-            self.seen.append(operation.overloadpacket.__name__)
-        return answer
+        name = operation.overloadpacket.__name__
+        assert name not in WAITS
+        if name.startswith("index"):
+            indices = [x for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)]
+            assert all(x.dtype == torch.long for x in indices), f"{name} by a mask"
+        return operation(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("mode", ("fixed", "adapt", "joint"))
-def test_no_tensor_is_left_on_the_wrong_device(mode, monkeypatch):
-    """On fake tensors of another device (torch's "lazy", which needs no driver), rollout, loss,
-    backward and Adam mix no devices, and copy once to it per step."""
-    args = make_args(mode, "--target-kl 9")
+def test_nothing_that_a_graph_would_record_waits_for_the_device(mode):
+    """A step's work, GAE, a minibatch's loss, the clipped gradient and Adam's step are free of
+    operators that wait for the device."""
+    args = make_args(mode)
     vae_ppo.start_process(args)
     agent = make_agent()
-    games = vae_ppo.Games(NoiseEnvs(3), 1, None)
-    device = torch.device("lazy:0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # or fake tensors look for it
-    actions = SimpleNamespace(numpy=lambda: np.zeros(3, dtype=np.int64))
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: actions)  # fake tensors have no contents
-    monkeypatch.setattr(torch.Tensor, "item", lambda x: 1.0)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: [1.0] * len(x))
-    with FakeTensorMode(), Crossings() as crossings:
-        for module in agent.modules():
-            for name, p in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(p.shape, device=device)))
-        optimizer = torch.optim.Adam(agent.parameters())
-        buffer = vae_ppo.Buffer(agent, 16, 3, device)
-        assert crossings.seen == []
-        vae_ppo.rollout(agent, games, buffer)
-        assert crossings.seen == ["copy_"] + ["_to_copy"] * 16  # the first frame, and answers
-        seen, last = vae_ppo.update(agent, optimizer, buffer, args)
-        assert len(seen) == 2 and len(crossings.seen) == 17
-        last["signals"] = 0
-        vae_ppo.read_metrics(seen, last, device)
-        assert set(crossings.seen[17:]) <= {"_to_copy"}
-        assert buffer.frames.device == buffer.logits.device == agent.mu.weight.device == device
+    networks = vae_ppo.MODES[mode].networks
+    parameters = [p for name in networks for p in getattr(agent, name).parameters()]
+    optimizer = torch.optim.Adam(parameters, fused=True)
+    buffer, _ = play(agent)
+    segments = one_minibatch(buffer, args)
+    with NoWaits():
+        with torch.no_grad():
+            for t in (0, 1, buffer.T):
+                vae_ppo.act(agent, buffer, t)
+        vae_ppo.gae(buffer, 0.99, 0.95)
+        loss, _ = vae_ppo.minibatch_loss(agent, buffer, segments, args)
+        vae_ppo.clipped_gradient(optimizer, loss, 0.5)
+        optimizer.step()
 
 
+# ---- Training: the device ----
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -1553,7 +1443,10 @@ def test_a_gpu_computes_what_the_cpu_does(mode, monkeypatch):
     answers = []
     for buffer, device in ((cpu, "cpu"), (gpu, "cuda")):
         own = copy.deepcopy(agent).to(device)
-        loss, metrics = vae_ppo.minibatch_loss(own, buffer, one_minibatch(buffer, args), args)
+        torch.manual_seed(0)
+        segments = torch.arange(buffer.N * 2, device=device)
+        vae_ppo.gae(buffer, args.gamma, args.gae_lambda)
+        loss, metrics = vae_ppo.minibatch_loss(own, buffer, segments, args)
         loss.backward()
         gradients = [p.grad for p in own.parameters() if p.grad is not None]
         tensors = [buffer.mu, buffer.logits, buffer.values, loss, *metrics.values(), *gradients]
@@ -1580,24 +1473,6 @@ def test_a_gpu_repeats_bitwise_and_a_cpu_goes_on(mode, vae_run):
 
 
 # ---- Checkpoint and log ----
-def test_a_failed_save_keeps_the_old_checkpoint():
-    """A disk that fills up while saving is an OSError, as `main` wants it, and leaves the old
-    checkpoint bitwise intact. (Here a file may not be larger than 1 MB.)"""
-    agent = make_agent()
-    optimizer = torch.optim.Adam(agent.parameters())
-    path = Path("checkpoint.pt")
-    vae_ppo.save_checkpoint(path, agent, optimizer, make_args("joint"), {"iteration": 1})
-    old = path.read_bytes()
-    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, most))
-    try:
-        with pytest.raises(OSError):
-            vae_ppo.save_checkpoint(path, agent, optimizer, make_args("joint"), {"iteration": 2})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-    assert path.read_bytes() == old
-
-
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch harm-done",)
@@ -1612,13 +1487,9 @@ DAMAGED = {
     "empty": lambda good: b"",
     "truncated": lambda good: good[: len(good) // 2],
     "garbage": lambda good: np.random.default_rng(0).bytes(5000),
-    "malicious pickle": lambda good: pickle.dumps(Malicious(), protocol=2),
     "malicious": lambda good: torch_saved({"weights": {}, "args": Malicious()}),
     "foreign": lambda good: torch_saved({"state_dict": {}}),
     "list": lambda good: torch_saved([1, 2]),
-    "arguments": lambda good: torch_saved({"weights": {}, "args": 3}),
-    "list of weights": lambda good: torch_saved({"weights": [1], "args": {}}),
-    "number as weight": lambda good: torch_saved({"weights": {"a": 1}, "args": {}}),
 }
 
 
@@ -1626,36 +1497,31 @@ DAMAGED = {
 def test_a_damaged_checkpoint_is_refused(damage, joint_runs):
     """A damaged, foreign or malicious checkpoint is named, and nothing in it is executed."""
     Path("bad.pt").write_bytes(DAMAGED[damage]((joint_runs / "a/checkpoint.pt").read_bytes()))
-    with pytest.raises(vae_ppo.UserError, match="bad.pt"):
-        vae_ppo.load_checkpoint("bad.pt")
+    with pytest.raises(SystemExit, match="bad.pt is no checkpoint"):
+        vae_ppo.load_checkpoint("bad.pt", None)
     assert os.listdir() == ["bad.pt"]
 
 
-@functools.cache
-def resumable(folder):
-    """Agent, optimizer and arguments that the folder's checkpoint fits."""
-    args = SimpleNamespace(**load(folder)["args"])
-    return *vae_ppo.make_agent(args, 4, "cpu"), args
+def test_a_save_is_on_the_disk_before_it_replaces_the_old_one(monkeypatch):
+    """A checkpoint is flushed and synced before it takes the old one's place, and a save that
+    fails leaves the old one as it was."""
+    agent = make_agent()
+    optimizer = torch.optim.Adam(agent.parameters())
+    path, order = Path("checkpoint.pt"), []
+    monkeypatch.setattr(os, "fsync", lambda file: order.append(os.fstat(file).st_size))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
+    vae_ppo.save_checkpoint(path, agent, optimizer, {"global_step": 1})
+    old = path.read_bytes()
+    assert order == [len(old), "replace"]  # no byte was left in a buffer
 
+    def full(_):
+        raise OSError("No space left on device")
 
-FLIPS = st.tuples(st.sampled_from(("head", "tail", "all")), st.floats(0, 1), st.integers(0, 7))
-
-
-@given(st.lists(FLIPS), st.sampled_from((0, 1, 1000, 10**6)))
-def test_no_damage_to_a_checkpoint_gives_a_traceback(joint_runs, flips, cut):
-    """Whatever bits of a checkpoint are flipped and wherever it ends, a run goes on from it or
-    refuses it."""
-    agent, optimizer, args = resumable(joint_runs / "a")
-    good = bytearray((joint_runs / "a/checkpoint.pt").read_bytes())
-    size = len(good)
-    spans = {"head": (0, 9000), "tail": (size - 9000, size), "all": (0, size)}
-    for where, place, bit in flips:
-        low, high = spans[where]
-        good[min(int(low + place * (high - low)), size - 1)] ^= 1 << bit
-    path = joint_runs / "fuzzed.pt"
-    path.write_bytes(good[: size - cut])
-    with contextlib.suppress(vae_ppo.UserError), warnings.catch_warnings(action="ignore"):
-        vae_ppo.restore(agent, optimizer, args, path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        vae_ppo.save_checkpoint(path, agent, optimizer, {"global_step": 2})
+    assert path.read_bytes() == old
 
 
 def reading(flag, path):
@@ -1676,12 +1542,12 @@ def keep_changed(source, change):
 
 
 OTHER_KINDS = [
-    ("--vae", {}, ["mode joint", "pretrain"]),
-    ("--vae", {"mode": "pretrain", "env_id": "ALE/Pong-v5"}, ["ALE/Pong-v5", "ALE/Breakout-v5"]),
-    ("--vae", {"mode": "pretrain", "latent_dim": 9}, ["latent_dim 9", "20"]),
+    ("--vae", {"env_id": "ALE/Pong-v5"}, ["ALE/Pong-v5", "ALE/Breakout-v5"]),
+    ("--vae", {"latent_dim": 9}, ["latent_dim 9", "20"]),
     ("--policy", {"mode": "pretrain"}, ["pretrain"]),
     ("--policy", {"env_id": "ALE/Pong-v5"}, ["ALE/Pong-v5", "ALE/Breakout-v5"]),
     ("--resume", {"mode": "adapt"}, ["mode adapt", "joint"]),
+    ("--resume", {"num_stack": 2}, ["num_stack 2", "4"]),
     ("--resume", {"latent_dim": 9}, ["latent_dim 9", "20"]),
 ]
 
@@ -1693,39 +1559,26 @@ def test_a_checkpoint_of_other_settings_is_refused(flag, settings, words, joint_
     refused(reading(flag, path), capsys, path, *words)
 
 
-@pytest.mark.parametrize("number", (math.nan, math.inf))
 @pytest.mark.parametrize("flag", ("--resume", "--vae", "--policy"))
-def test_weights_that_are_not_finite_are_refused(flag, number, joint_runs, vae_run, capsys):
-    """A checkpoint with a weight that is NaN or infinite is refused before it is used."""
-
-    def change(saved):
-        saved["weights"]["mu.bias"][0] = number
-
-    path = keep_changed(vae_run if flag == "--vae" else joint_runs / "a", change)
-    refused(reading(flag, path), capsys, path, "mu.bias is not finite")
-
-
-@pytest.mark.parametrize("flag", ("--resume", "--vae", "--policy"))
-def test_weights_of_another_network_are_refused(flag, joint_runs, vae_run, capsys):
-    """A checkpoint of another network is refused, as is a published one as a run's own."""
+def test_weights_of_another_network_show_what_does_not_fit(flag, joint_runs, vae_run):
+    """A copier who changed a layer sees load_state_dict's own message."""
 
     def change(saved):
         saved["weights"]["encoder.0.bias"] = torch.zeros(99)
 
-    source = vae_run if flag == "--vae" else joint_runs / "a"
-    path = keep_changed(source, change)
-    refused(reading(flag, path), capsys, path, "no checkpoint of this vae_ppo.py")
-    if flag == "--resume":
-        shutil.rmtree("runs")
-        keep_changed(source, lambda saved: saved.pop("optimizer"))
-        refused(reading(flag, path), capsys, path, "'optimizer'")
+    path = keep_changed(vae_run if flag == "--vae" else joint_runs / "a", change)
+    with pytest.raises(RuntimeError, match="encoder.0.bias"):
+        run_main(reading(flag, path))
 
 
-@pytest.mark.parametrize("flag", ("--resume", "--vae", "--policy"))
-def test_a_checkpoint_of_nothing_is_refused(flag, joint_runs, capsys):
-    """A checkpoint that has neither weights nor settings is refused."""
-    path = keep_changed(joint_runs / "a", lambda saved: saved.update(weights={}, args={}))
-    refused(reading(flag, path), capsys, path, "no checkpoint of this vae_ppo.py")
+def test_an_optimizer_state_of_another_size_is_refused(joint_runs, capsys):
+    """Moments that do not fit their weights, which would crash Adam, are refused."""
+
+    def change(saved):
+        saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+
+    path = keep_changed(joint_runs / "a", change)
+    refused(reading("--resume", path).copy() + ["--total-timesteps", "96"], capsys, path)
 
 
 @pytest.mark.parametrize("flag", ("--vae", "--policy"))
@@ -1735,40 +1588,25 @@ def test_a_missing_checkpoint_is_refused(flag, capsys):
 
 
 def test_an_existing_run_is_kept(joint_runs, capsys):
-    """A run is never overwritten, nor resumed with another setting, which is named."""
+    """A run is never overwritten."""
     shutil.copytree(joint_runs / "a", "runs/r")
     refused(tiny("joint"), capsys, "runs/r exists", "--resume", "--run-name")
-    refused(tiny("joint", "--resume --gamma 0.5"), capsys, "gamma 0.99", "0.5")
-    saved = load("runs/r")
-    saved["args"]["world_size"] = 2  # the number of processes, by torchrun
-    torch.save(saved, "runs/r/checkpoint.pt")
-    refused(tiny("joint", "--resume"), capsys, "world_size 2, not 1")
 
 
-def test_a_metric_that_the_first_row_lacks_is_an_error(tmp_path):
-    """A metric without a column, or a column without its metric, is an error, not a silent gap."""
-    args = make_args("joint", f"--runs-dir {tmp_path}")
-    log = vae_ppo.Log(args, 0, 0, 100)
-    log.write({"losses/a": 1.0}, 10, [])
-    with pytest.raises(ValueError, match="global_step"):
-        log.write({}, 20, [])
-    with pytest.raises(ValueError, match="losses/b"):
-        log.write({"losses/a": 1.0, "losses/b": 2.0}, 20, [])
-    size = log.file.tell()
-    del log  # gives its lock back
-    log = vae_ppo.Log(args, size, 10, 100)  # as a resumed run's
-    with pytest.raises(ValueError, match="losses/b"):
-        log.write({"losses/a": 1.0, "losses/b": 2.0}, 20, [])
+def test_a_resumed_run_of_other_metrics_ends_with_a_sentence(joint_runs):
+    """A run whose metrics.csv has other columns is not mixed up with them."""
+    shutil.copytree(joint_runs / "a", "runs/r")
+    path = Path("runs/r/metrics.csv")
+    path.write_text(path.read_text().replace("vae/kl", "vae/ab", 1))
+    answer = run_main(tiny("joint", "--resume --total-timesteps 96"))
+    assert "metrics.csv has other columns" in answer and "--run-name" in answer
 
 
-def test_sps_counts_the_steps_since_the_row_before(monkeypatch):
-    """charts/SPS are the steps since the row before over the seconds since, bar or no bar."""
-    monkeypatch.setattr(vae_ppo, "tqdm", functools.partial(vae_ppo.tqdm, disable=True))
-    monkeypatch.setattr(time, "perf_counter", itertools.count(step=2).__next__)
-    log = vae_ppo.Log(make_args("joint"), 0, 1000, 2000)
-    log.write({}, 1010, [])
-    log.write({}, 1050, [])
-    assert [row["charts/SPS"] for row in rows_of("runs/r")] == ["5", "20"]
+def test_the_settings_are_in_tensorboard_as_text(joint_runs):
+    """TensorBoard's file has every flag and the version of torch."""
+    (path,) = (joint_runs / "a").glob("events.*")
+    data = path.read_bytes()
+    assert b"'kappa': 20.0" in data and f"'torch': '{torch.__version__}'".encode() in data
 
 
 def test_a_new_metric_of_a_loss_is_logged(monkeypatch):
@@ -1784,11 +1622,16 @@ def test_a_new_metric_of_a_loss_is_logged(monkeypatch):
     assert [row["losses/new"] for row in rows_of("runs/r")] == ["0.5"]
 
 
+def test_the_script_needs_nothing_that_only_unix_has():
+    """The script can be imported where there is no fcntl, as on Windows."""
+    code = "import sys; sys.modules['fcntl'] = None; import vae_ppo; print(len(vae_ppo.MODES))"
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    answer = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert answer.stdout == "4\n", answer.stderr
+
+
 class FakeWandb(ModuleType):
     """Remembers whether init came before the TensorBoard writer that it is to follow."""
-
-    class Error(Exception):
-        pass
 
     def init(self, **settings):
         self.settings = settings
@@ -1802,28 +1645,6 @@ def test_track_starts_wandb_before_tensorboard(monkeypatch):
     assert run_main(tiny("joint", "--track")) == 0
     assert wandb.in_time and wandb.settings["sync_tensorboard"]
     assert wandb.settings["name"] == "r" and wandb.settings["config"]["kappa"] == 20
-
-
-@pytest.mark.parametrize("installed", (False, True))
-def test_track_that_cannot_start_is_refused(installed, monkeypatch, capsys):
-    """Without wandb the sentence says how to install it; what wandb itself misses is its own
-    sentence. The failed start leaves no folder."""
-    wandb = FakeWandb("wandb") if installed else None  # None: import raises ImportError
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    if installed:
-        wandb.init = Mock(side_effect=wandb.Error("No API key configured."))
-    words = ("--track", "No API key") if installed else ("--track", "pip install wandb")
-    refused(tiny("joint", "--track"), capsys, *words)
-
-
-def test_wandb_is_told_the_metrics(monkeypatch):
-    """The real wandb, where it is installed, offline: its file has the metrics of each row."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    argv = tiny("joint", "--track --total-timesteps 64")
-    assert subprocess.run([sys.executable, vae_ppo.__file__, *argv], timeout=120).returncode == 0
-    (path,) = Path("wandb").glob("offline-run-*/*.wandb")
-    assert path.read_bytes().count(b"vae/recon_loss") >= 2
 
 
 # ---- Experiments ----
@@ -1905,8 +1726,37 @@ def test_the_environment_of_the_readme_plays(monkeypatch):
     exec(code, scope)
     monkeypatch.setattr(vae_ppo, "make_envs", scope["make_envs"])
     args = make_args("joint", "--env-id ALE/Pong-v5 --num-envs 2")
-    games = vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.reseed(args, 0, 0))
+    games = vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.draw_seeds(args, 0, 0))
     for _ in range(1100):  # Pong's first game is over after some 800 to 1 000 steps
         games.step(np.zeros(2, dtype=int))
     assert games.frame.shape == (2, 84, 84) and games.frame.dtype == np.uint8
     assert len(games.scores) >= 1 and max(games.scores) <= -15
+
+
+# ---- Patches ----
+@pytest.fixture
+def patched(tmp_path):
+    """The script with experiments/guided.patch, as a module."""
+    patch = HERE / "experiments/guided.patch"
+    if not patch.exists() or not shutil.which("git"):
+        pytest.skip("needs the repository and git")
+    shutil.copy(HERE / "vae_ppo.py", tmp_path)
+    subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, check=True)
+    spec = importlib.util.spec_from_file_location("guided", tmp_path / "vae_ppo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_guide_weighs_pixels_by_the_value_and_0_is_the_papers_loss(patched, joint_runs):
+    """With --guide 0 the patched script trains as the script does, bitwise. The weights of pixels
+    have a mean of at most 1 a frame, and at least 1 - guide each."""
+    argv = tiny("joint", "--total-timesteps 64 --seed 1 --env-threads 1")
+    patched.train(patched.parse_args(argv))
+    assert same(load("runs/r")["weights"], load(joint_runs / "a")["weights"])
+    patched.train(patched.parse_args(tiny("joint", "--guide 0.9", name="guided")))
+    assert load("runs/guided")["global_step"] == 32
+    buffer, _ = play(make_agent())
+    weight = patched.pixel_weights(make_agent(), buffer, 0.9)
+    assert weight.shape == buffer.frames.shape and weight.min() >= 0.1 - 1e-6
+    assert (weight.mean((-2, -1)) <= 1 + 1e-5).all() and weight.max() > 1

@@ -92,7 +92,7 @@ def parse_args(argv=None):
     parser.add_argument("--mode", choices=MODES, required=True)
     for group, name, default, _, text in FLAGS:
         users = [mode for mode in MODES if group in MODES[mode].flags]
-        text += f" (of {', '.join(users)}; default: {default})"
+        text += f" [{', '.join(users)}]" + (f" (default: {default})" if default != "" else "")
         kind = {"type": type(default)}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -116,8 +116,8 @@ def parse_args(argv=None):
     if args.mode == "pretrain":  # its steps are frames, its iterations epochs
         args.batch_size = args.num_frames * args.world_size
         args.total_timesteps = args.vae_epochs * args.batch_size
-    if args.total_timesteps < args.batch_size:
-        parser.error(f"total_timesteps must be at least an iteration, {args.batch_size}")
+    if not 1 <= args.batch_size <= args.total_timesteps:
+        parser.error(f"total_timesteps must be at least one iteration's {args.batch_size} steps")
     if not args.run_name:
         game = args.env_id.split("/")[-1].removesuffix("-v5")
         kappa = f"-kappa{args.kappa:g}" if "kappa" in mode.flags else ""
@@ -261,6 +261,8 @@ def make_agent(args, num_actions, device):
     """The networks at the start of a run, and Adam for those that the mode trains."""
     torch.manual_seed(args.seed)
     agent = Agent(num_actions, args.latent_dim, args.num_stack)
+    if args.policy and load_checkpoint(args.policy, args, "env_id")["args"]["mode"] == "pretrain":
+        sys.exit(f"--policy {args.policy} is of --mode pretrain, which has no policy")
     if args.vae:
         saved = load_checkpoint(args.vae, args, "env_id", "latent_dim")
         new_policy = {k: x for k, x in agent.state_dict().items() if k.startswith(POLICY)}
@@ -508,8 +510,6 @@ def collect_frames(args, games, num_actions, device):
     """Frames (num_frames, 84, 84) uint8 of games that --policy plays, or chance."""
     if args.policy:
         saved = load_checkpoint(args.policy, args, "env_id")
-        if saved["args"]["mode"] == "pretrain":
-            sys.exit(f"--policy {args.policy} is of --mode pretrain, which has no policy")
         player = Agent(num_actions, saved["args"]["latent_dim"], saved["args"]["num_stack"])
         player.load_state_dict(saved["weights"])
     else:
@@ -673,7 +673,7 @@ def open_log(args, folder, size, global_step):
     except OSError as error:
         sys.exit(f"{folder} cannot be used (is another process at work in it?): {error}")
     file = (folder / "metrics.csv").open("a+", newline="", buffering=1)
-    file.truncate(min(size, file.tell()))
+    file.seek(file.truncate(min(size, file.tell())))
     tensorboard = SummaryWriter(folder, purge_step=global_step + 1)
     tensorboard.add_text("args", f"{vars(args) | {'torch': torch.__version__}}")
     return lock, file, tensorboard

@@ -1,262 +1,207 @@
 """What a checkpoint has learnt: whole games, the paper's Fig. 1 and Fig. 4, the ball in mu.
 
-    pip install matplotlib==3.11.2
-    python -m experiments.evaluate play runs/Breakout-adapt-10M-seed1/checkpoint.pt
-    python -m experiments.evaluate probe runs/Breakout-adapt-10M-seed1/checkpoint*.pt \\
-        --policy experiments/weights/joint-kappa20-10M-seed1.pt
+python -m experiments.evaluate play experiments/weights/adapt-10M-seed1.pt
+python -m experiments.evaluate probe runs/<name>/checkpoint*.pt --policy <a player's checkpoint>
 """
 
-import argparse
 import json
+import sys
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
 import vae_ppo
-from experiments import UserError, main
+from experiments import large_ball
 
 BREAKOUT = "ALE/Breakout-v5"
+SEED = 1000  # of the games
 
 
 def load(path, **settings):
     """A checkpoint of any mode. Returns its arguments, with its steps, and its agent."""
-    saved = vae_ppo.load_checkpoint(path, **settings)
-    args = argparse.Namespace(**saved["args"], global_step=saved["global_step"])
-    with vae_ppo.reading(path):
-        num_actions = len(saved["weights"]["actor.bias"])
-        agent = vae_ppo.Agent(num_actions, args.latent_dim, args.num_stack)
-        agent.load_state_dict(saved["weights"])
-    if args.mode == "pretrain":
-        nn.init.zeros_(agent.actor.weight)  # all actions are equally likely
+    saved = vae_ppo.load_checkpoint(path, Namespace(**settings), *settings)
+    args = Namespace(**saved["args"], global_step=saved["global_step"])
+    agent = vae_ppo.Agent(len(saved["weights"]["actor.bias"]), args.latent_dim, args.num_stack)
+    agent.load_state_dict(saved["weights"])
     return args, agent
 
 
-def new_games(args, num_envs, seed, kind=vae_ppo.Games):
-    args = argparse.Namespace(**vars(args) | {"num_envs": num_envs, "seed": seed, "env_threads": 0})
-    return kind(*vae_ppo.make_envs(args), vae_ppo.reseed(args, 0, 0))
+def new_games(args, num_envs, seed):
+    args = Namespace(**vars(args) | {"num_envs": num_envs, "seed": seed, "env_threads": 0})
+    return vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.draw_seeds(args, 0, 0))
 
 
 def find_balls(frames):
-    """x and y of the ball (B, 2) in frames (B, 84, 84), NaN where it is not between bricks and
-    paddle, where nothing else is. A frame, as the maximum of two, has the ball twice: this is their
-    middle, within 2 pixels of where the emulator's memory has the ball."""
+    """x and y of the ball (B, 2), to 2 pixels, where it is alone: between bricks and paddle."""
     field = frames[:, 38:75, 5:79].float()
-    weight = field.sum((1, 2))
-    x = field.sum(1) @ torch.arange(5.0, 79) / weight  # 0 / 0 is NaN
-    y = field.sum(2) @ torch.arange(38.0, 75) / weight
+    x = field.sum(1) @ torch.arange(5.0, 79) / field.sum((1, 2))  # 0 / 0 is NaN
+    y = field.sum(2) @ torch.arange(38.0, 75) / field.sum((1, 2))
     balls = torch.stack([x, y], dim=1)
     balls[(y < 41) | (y > 72)] = torch.nan  # a part of it may be outside
     return balls
 
 
-def watch(player, games, steps):
-    """What the player sees: stacks (steps * N, num_stack, 84, 84), the ball in the newest frame of
-    each, and the rows in which there is one."""
-    buffer = vae_ppo.Buffer(player, steps, games.envs.num_envs, "cpu")
-    vae_ppo.rollout(player, games, buffer)
-    stacks = buffer.frames[buffer.stack[:-1], torch.arange(buffer.N)[:, None]].flatten(0, 1)
+def watch(player, args, num_envs, steps, seed=SEED):
+    """Stacks (B, num_stack, 84, 84), the balls in their newest frames, and the rows with one."""
+    buffer = vae_ppo.Buffer(player, steps, num_envs, "cpu")
+    vae_ppo.rollout(player, new_games(args, num_envs, seed), buffer)
+    stacks = buffer.frames[buffer.stack[:-1], torch.arange(num_envs)[:, None]].flatten(0, 1)
     balls = find_balls(stacks[:, -1])
     return stacks, balls, balls[:, 0].isfinite().nonzero()[:, 0]
 
 
-def value_jacobian(agent, stacks):
-    """|dV/dx| (B, 84, 84) of the newest frames of stacks (B, num_stack, 84, 84)."""
+@torch.no_grad()
+def decode(agent, frames):
+    """What the decoder makes of the mu of frames (B, 84, 84), between 0 and 1."""
+    return agent.decoder(agent.encode(frames)[0]).sigmoid()
+
+
+def colour_value(agent, stacks):
+    """The newest frames (B, 84, 84, 3), blue where |dV/dx| is above its mean (Fig. 4)."""
     stacks = stacks.float().requires_grad_()
-    mu, _ = agent.encode(stacks)
-    _, value = agent.policy(mu.flatten(1))
-    return torch.autograd.grad(value.sum(), stacks)[0][:, -1].abs()
-
-
-# ---- Pictures ----
-def see(agent, stacks):
-    """Pictures (B, 84, 84, 3) between 0 and 1: the newest frames; what the decoder makes of their
-    mu; these frames again, blue where |dV/dx| is above its mean."""
-    if stacks.shape[1] != agent.num_stack:  # another agent's: for the decoder, the newest will do
-        stacks = stacks[:, -1:].expand(-1, agent.num_stack, -1, -1)
-    frames = stacks[:, -1] / 255
-    mu, _ = agent.encode(stacks[:, -1])
-    decoded = agent.decoder(mu).sigmoid().detach()
-    size = value_jacobian(agent, stacks)
-    mean = size.mean((1, 2), keepdim=True)
-    top = size.flatten(1).quantile(0.995, dim=1)[:, None, None]
-    blue = (size / top).clamp(max=1) * (size > mean)
-    frames, decoded, blue = [x[..., None].expand(-1, -1, -1, 3) for x in (frames, decoded, blue)]
-    return frames, decoded, (1 - blue) * frames + blue * torch.tensor([0.1, 0.4, 1.0])
+    _, value = agent.policy(agent.encode(stacks)[0].flatten(1))
+    size = torch.autograd.grad(value.sum(), stacks)[0][:, -1, :, :, None].abs()
+    top = size.flatten(1).quantile(0.995, dim=1)[:, None, None, None]
+    blue = (size / top).clamp(max=1) * (size > size.mean((1, 2), keepdim=True))
+    frames = stacks.detach()[:, -1, :, :, None] / 255
+    return (1 - blue) * frames + blue * torch.tensor([0.1, 0.4, 1.0])
 
 
 def show(axes, picture, ball):
-    """A picture, the ball in a circle."""
-    from matplotlib.patches import Circle
-
-    axes.imshow(picture)
-    axes.add_patch(Circle(ball, 5, fill=False, color="red"))
+    """A picture between 0 and 1, and the ball in a circle."""
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    axes.plot(*ball, "ro", fillstyle="none", markersize=11)
     axes.set(xticks=[], yticks=[])
 
 
-def draw(path, title, rows, balls):
-    """A row for each {label: pictures}, a column for each ball."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 0.5 + 13 * len(rows) / len(balls)), layout="constrained")
-    axes = figure.subplots(len(rows), len(balls), squeeze=False)
-    for row, (label, pictures) in zip(axes, rows.items(), strict=True):
-        row[0].set_ylabel(label)
-        for cell, picture, ball in zip(row, pictures, balls, strict=True):
-            show(cell, picture, ball)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=100)
+def draw(path, rows, balls, crosses=None):
+    """A row for each {label: pictures}, and a column for each ball."""
+    figure = Figure((8.5, 0.3 + 8.5 * len(rows) / len(balls)), layout="constrained")
+    for row, label in zip(figure.subplots(len(rows), len(balls)), rows, strict=True):
+        row[0].set_ylabel(label, fontsize=11 if crosses else 8)
+        for number, cell in enumerate(row):
+            show(cell, rows[label][number], balls[number])
+            if crosses:
+                cell.plot(*crosses[label][number], "yx", markersize=9, markeredgewidth=2)
+    figure.savefig(path, dpi=150)
 
 
 def film(path, panels):
-    """Pictures side by side, twice as large."""
-    from PIL import Image
-
-    pictures = (torch.cat(panels, dim=2) * 15).round() * 17  # 16 shades make a small file
-    large = pictures.byte().repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    first, *others = [Image.fromarray(picture) for picture in large.numpy()]
-    first.save(path, save_all=True, append_images=others, duration=70, loop=0)
-
-
-# ---- Whole games ----
-class FirstGames(vae_ppo.Games):
-    """Games that keep the score of each one's first whole game. Were it those that end first,
-    wherever they are played, short games would be too many."""
-
-    result = np.nan  # while it is played
-
-    def step(self, action):
-        score, clock = self.score, self.clock
-        answer = super().step(action)
-        over = np.isnan(self.result) & (self.clock < clock)
-        self.result = np.where(over, score, self.result)
-        return answer
+    """Panels {title: pictures} side by side, as a GIF."""
+    pictures = [x if x.ndim == 4 else x[..., None].expand(-1, -1, -1, 3) for x in panels.values()]
+    small = (torch.cat(pictures, dim=2) * 15).round().byte() * 17  # 16 shades make a small file
+    header = Image.new("RGB", (252 * len(panels), 24))  # 3 * 84 = 252
+    for number, title in enumerate(panels):
+        ImageDraw.Draw(header).text((252 * number + 126, 12), title, anchor="mm", font_size=16)
+    large = small.numpy().repeat(3, axis=1).repeat(3, axis=2)
+    images = [Image.fromarray(np.vstack([header, x])).quantize(48) for x in large]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=70)
 
 
-def play(checkpoint, policy="", seed=1000, episodes=100, out=""):
-    """Play whole games, and say in eval.json how they went. Of one more game make episode.gif,
-    reconstruction.png (Fig. 1) and jacobian.png (Fig. 4), beside the checkpoint or in --out. A
-    pretrain checkpoint has no policy: chance plays, or --policy, and there is no jacobian.png."""
-    args, agent = load(checkpoint)
-    player = agent
-    if policy:
-        if args.mode != "pretrain":
-            raise UserError(f"{checkpoint} has a policy: leave out --policy")
-        args.policy = policy
-        player = vae_ppo.load_player(args, agent.actor.out_features)
-    folder = Path(out or Path(checkpoint).parent)
+def play(options):
+    args, agent = load(options.checkpoint)
+    folder = options.out or Path("watched", args.run_name)
     folder.mkdir(parents=True, exist_ok=True)
-    games = new_games(args, episodes, seed, FirstGames)
-    buffer = vae_ppo.Buffer(player, 128, episodes, "cpu")
-    while np.isnan(games.result).any():  # ale-py ends a game after 27 000 steps at the latest
-        vae_ppo.rollout(player, games, buffer)
-    scores, cut = games.result, episodes // 4
-    middle = np.sort(scores)[cut : episodes - cut]
-    means = np.random.default_rng(0).choice(scores, (10_000, episodes)).mean(axis=1)  # bootstrap
-    facts = {"mode": args.mode, "game": args.env_id, "global_step": args.global_step}
-    facts |= {"policy": policy or None, "seed": seed, "episodes": episodes}
-    facts |= {"scores": scores.tolist(), "mean": round(scores.mean(), 3)}
-    facts |= {"std": round(scores.std(), 3), "iqm": round(middle.mean(), 3)}
-    facts["interval"] = np.quantile(means, [0.025, 0.975]).round(3).tolist()  # of the mean, 95 %
-    (folder / "eval.json").write_text(json.dumps(facts) + "\n")
-    unit = "frames" if args.mode == "pretrain" else "steps"
-    title = f"{args.env_id}, {args.mode} after {args.global_step:,} {unit}"
-    told = [f"{name} {facts[name]}" for name in ("episodes", "mean", "interval", "std", "iqm")]
-    print(f"{title}: {', '.join(told)}")
-
-    stacks, balls, t = watch(player, new_games(args, 1, seed + 1), 2000)
-    if args.env_id != BREAKOUT:
+    games = new_games(args, options.episodes, SEED)
+    buffer = vae_ppo.Buffer(agent, 1, options.episodes, "cpu")
+    scores = np.full(options.episodes, np.nan)  # of each one's first game, not of the shortest
+    while np.isnan(scores).any():  # ale-py ends a game after 27 000 steps at the latest
+        score, frame_number = games.score, games.frame_number
+        vae_ppo.rollout(agent, games, buffer)
+        over = np.isnan(scores) & (games.frame_number < frame_number)
+        scores[over] = score[over]
+    means = np.random.default_rng(0).choice(scores, (10_000, len(scores))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975]).round(3)
+    facts = {"global_step": args.global_step, "mean": scores.mean(), "interval": [low, high]}
+    (folder / "eval.json").write_text(json.dumps(facts | {"scores": scores.tolist()}) + "\n")
+    stacks, balls, rows = watch(agent, args, 1, 2000, SEED + 1)
+    if args.env_id != BREAKOUT or not len(rows):
         balls[:] = torch.nan
-    if balls.isnan().all():
-        t = torch.arange(len(stacks))
-    t = t[torch.linspace(0, len(t) - 1, 6).long()]  # six in which there is a ball
-    frames, decoded, blue = see(agent, stacks[t])
-    name = "decoded mu" if args.mode != "adapt" else "decoded mu\n(decoder from before adapt)"
-    rows = {"frame": frames, name: decoded, "error": (frames - decoded).abs()}
-    draw(folder / "reconstruction.png", title, rows, balls[t])
-    panels = see(agent, stacks[:200])  # 14 seconds, less than 2 MB
-    if args.mode == "pretrain":
-        panels = panels[:2]
-    else:
-        rows = {"in blue: |dV/dx|\nabove its mean": blue}
-        draw(folder / "jacobian.png", title, rows, balls[t])
-    film(folder / "episode.gif", panels)
-    print(f"eval.json, the pictures and episode.gif are in {folder}")
+        rows = torch.arange(len(stacks))
+    some = rows[torch.linspace(0, len(rows) - 1, 6).long()]
+    start = balls[:, 0].isfinite().float().unfold(0, 150, 1).mean(1).argmax()  # most balls
+    stacks = torch.cat([stacks[some], stacks[start : start + 150]])
+    panels = {"frame": stacks[:, -1] / 255, "decoded from mu": decode(agent, stacks[:, -1])}
+    if args.mode != "pretrain":
+        panels["what the value looks at"] = colour_value(agent, stacks)
+    draw(folder / "pictures.png", {title: x[:6] for title, x in panels.items()}, balls[some])
+    film(folder / "episode.gif", {title: x[6:] for title, x in panels.items()})
+    print(f"{len(scores)} games, mean {scores.mean():.1f} (95 %: {low} to {high}), see {folder}")
 
 
-# ---- The ball in mu ----
-def fit(agent, frames, balls, learn, stop, test):
-    """An MLP from the mu of frames to balls (B, 2), the one best on the rows `stop`. Returns R^2 of
-    the ball's x and y on the rows `test` (2,)."""
+def read_balls(agent, frames, balls, parts):
+    """Fit an MLP from mu to balls (B, 2). Returns what it reads in the test, and R^2 of x and y."""
+    learn, stop, test = parts
     torch.manual_seed(0)
-    with torch.no_grad():
-        x = torch.cat([agent.encode(batch)[0] for batch in frames.split(500)])
+    x = torch.cat([agent.encode(batch)[0].detach() for batch in frames.split(500)])
     x = (x - x[learn].mean(0)) / (x[learn].std(0) + 1e-6)
     y = (balls - balls[learn].mean(0)) / balls[learn].std(0)
-    hidden = nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
-    model = nn.Sequential(*hidden, nn.Linear(64, 2))
+    layers = nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+    model = nn.Sequential(*layers)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     best, age = float("inf"), 0
     while age < 20:  # epochs without a gain
         for rows in learn[torch.randperm(len(learn))].split(128):
             optimizer.zero_grad()
-            F.mse_loss(model(x[rows]), y[rows]).backward()
+            (model(x[rows]) - y[rows]).square().mean().backward()
             optimizer.step()
-        with torch.no_grad():
-            loss = F.mse_loss(model(x[stop]), y[stop]).item()
-            age += 1
-            if loss < best:
-                best, age, answer = loss, 0, model(x[test])
-    return 1 - (answer - y[test]).square().mean(0) / y[test].var(0, correction=0)
+        places = model(x).detach()
+        loss = (places - y)[stop].square().mean()
+        age += 1
+        if loss < best:
+            best, age, answer = loss, 0, places[test]
+    r2 = 1 - (answer - y[test]).square().mean(0) / y[test].var(0, correction=0)
+    return answer * balls[learn].std(0) + balls[learn].mean(0), r2
 
 
-def near_ball(agent, stacks, balls):
-    """The share of |dV/dx| within 5 pixels of the ball, and that area's share of the picture."""
-    size = value_jacobian(agent, stacks)
-    from_x = torch.arange(84) - balls[:, 0, None, None]  # (B, 1, 84)
-    from_y = torch.arange(84)[:, None] - balls[:, 1, None, None]
-    near = from_x.square() + from_y.square() <= 25  # (B, 84, 84)
-    share = (size * near).sum((1, 2)) / size.sum((1, 2))
-    return share.mean(), near.float().mean()
-
-
-def probe(checkpoints: list, policy="", seed=1000, frames=20_000):
-    """Fit an MLP from one frame's mu to the place of Breakout's ball, for each checkpoint and the
-    weights that its run began with. --policy, or the last of them, plays 20 games at once and all
-    see its frames: 12 games to learn from, 4 to stop by, 4 to test on. Paddle, bricks and score
-    tell of the ball, too: r2_erased is of an MLP for the same frames without the ball. near_ball is
-    the share of |dV/dx| within 5 pixels of the ball, area that of the picture. Prints a CSV."""
-    played_by, player = load(policy or checkpoints[-1], env_id=BREAKOUT)
-    stacks, balls, rows = watch(player, new_games(played_by, 20, seed), frames // 20)
-    stacks, balls = stacks[rows], balls[rows]
-    part = rows % 20 % 5  # of five games
+def probe(options):
+    """A row of a CSV for each checkpoint. Learns from 12 games, stops by 4, and tests on 4."""
+    settings, player = load(options.policy or options.checkpoints[-1], env_id=BREAKOUT)
+    stacks, balls, rows = watch(player, settings, 20, options.frames // 20)
+    frames, balls, part = stacks[rows, -1], balls[rows], rows % 20 % 5
     parts = [x.nonzero()[:, 0] for x in (part < 3, part == 3, part == 4)]
+    *_, test = parts
     if min(len(x) for x in parts) < 10:
-        raise UserError(f"the ball is in {len(rows)} frames, which are too few: raise --frames")
-    newest = stacks[:, -1]
-    erased = newest.clone()
-    erased[:, 38:75, 4:80] = newest[:, 38:75, 4:80].amin(0)  # where nothing but the ball moves
-    some = parts[2][:: max(1, len(parts[2]) // 200)]
-    print("run,mode,global_step,player,r2_x,r2_y,r2,r2_erased,near_ball,area")
-    seen = set()
-    for path in checkpoints:
-        args, agent = load(path, env_id=BREAKOUT, num_stack=player.num_stack)
-        agents = {args.global_step: agent}
-        if args.run_name not in seen:
-            first, _ = vae_ppo.make_agent(args, agent.actor.out_features, "cpu")
-            vae_ppo.restore(first, None, args, Path("no checkpoint"))  # but --vae, if given
-            agents = {0: first} | agents
-        seen.add(args.run_name)
-        for steps, agent in agents.items():
-            r2 = fit(agent, newest, balls, *parts)
-            r2_erased = fit(agent, erased, balls, *parts).mean()
-            numbers = [*r2, r2.mean(), r2_erased, *near_ball(agent, stacks[some], balls[some])]
-            cells = [f"{x:.3f}" for x in numbers]
-            about = [args.run_name, args.mode, steps, played_by.run_name]
-            print(*about, *cells, sep=",", flush=True)
+        sys.exit(f"the ball is in {len(rows)} frames, which are too few: raise --frames")
+    large_ball.paint(frames.numpy(), options.ball)  # in place
+    erased = frames.clone()
+    erased[:, 38:75, 4:80] = frames[:, 38:75, 4:80].amin(0)  # where nothing but the ball moves
+    pixels = torch.cartesian_prod(torch.arange(84.0), torch.arange(84.0)).flip(1)  # x and y
+    near = (torch.cdist(balls[test], pixels) <= 3).unflatten(1, (84, 84))  # to the ball
+    shown = torch.linspace(0, len(test) - 1, 5).long()
+    crosses = {}
+    print("run,mode,global_step,player,ball_size,r2_x,r2_y,r2,r2_erased,ball_decoded,ball_true")
+    for path in options.checkpoints:
+        args, agent = load(path, env_id=BREAKOUT)
+        places, r2 = read_balls(agent, frames, balls, parts)
+        _, r2_erased = read_balls(agent, erased, balls, parts)
+        drawn, true = decode(agent, frames[test])[near].mean(), frames[test][near].float().mean()
+        numbers = [f"{x:.4f}" for x in (*r2, r2.mean(), r2_erased.mean(), drawn, true / 255)]
+        about = [args.run_name, args.mode, args.global_step, settings.run_name, options.ball]
+        print(*about, *numbers, sep=",", flush=True)
+        crosses[f"{args.mode}\nR$^2$ = {r2.mean():.2f}"] = places[shown]
+    if options.picture:
+        pictures = {label: frames[test[shown]] / 255 for label in crosses}
+        draw(options.picture, pictures, balls[test[shown]], crosses)
 
 
 if __name__ == "__main__":
-    main(__doc__, play, probe)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("play", help="whole games, pictures and a film").add_argument
+    add("checkpoint", help="of any mode; one of pretrain plays at random")
+    add("--episodes", type=int, default=100, help="whole games (default: 100)")
+    add("--out", type=Path, help="folder for the files; if not given, watched/<name of the run>")
+    add = commands.add_parser("probe", help="R^2 of the ball's place in mu, as CSV").add_argument
+    add("checkpoints", nargs="+", help="of runs on Breakout")
+    add("--policy", help="checkpoint that plays the frames; if not given, the last one")
+    add("--frames", type=int, default=20_000, help="how many it plays (default: 20000)")
+    add("--ball", type=int, default=1, help="the ball is painted so many times as large")
+    add("--picture", type=Path, help="file for a picture of the places that the MLPs read")
+    options = parser.parse_args()
+    {"play": play, "probe": probe}[options.command](options)

@@ -4,16 +4,17 @@ python -m experiments.large_ball 3 --mode fixed --vae runs/<name>/checkpoint.pt
 """
 
 import sys
+from argparse import ArgumentParser
 
 import cv2
 import numpy as np
+import torch
 
 import vae_ppo
 
 
 def paint(frames, times):
-    """Enlarge the ball, some 1 x 2 pixels, in frames (B, 84, 84) uint8, in place. Only between
-    bricks and paddle, where nothing else is. Returns the frames."""
+    """Enlarge the ball in frames (B, 84, 84) uint8, in place, between bricks and paddle."""
     kernel = np.ones((2 * times - 1, times), np.uint8)
     for frame in frames:
         frame[38:75, 5:79] = cv2.dilate(frame[38:75, 5:79], kernel)
@@ -21,19 +22,20 @@ def paint(frames, times):
 
 
 if __name__ == "__main__":
-    times = int(sys.argv[1])
-    step, collect_frames = vae_ppo.Games.step, vae_ppo.collect_frames
+    parser = ArgumentParser(epilog="All other flags are those of vae_ppo.py.")
+    parser.add_argument("times", type=int, help="how many times as wide and as high the ball is")
+    options, sys.argv[1:] = parser.parse_known_args()
+    step, collect = vae_ppo.Games.step, vae_ppo.collect_frames
 
     def painted_step(games, action):
         frame, *answer = step(games, action)
-        games.frame = paint(frame.copy(), times)
+        games.frame = paint(frame.copy(), options.times)
         return games.frame, *answer
 
-    def painted_frames(*inputs):  # the player of the data sees them as they were
-        return paint(collect_frames(*inputs).numpy(), times)
+    def painted_frames(*inputs):
+        return torch.from_numpy(paint(collect(*inputs).cpu().numpy(), options.times)).to(inputs[-1])
 
-    if "pretrain" in sys.argv:
-        vae_ppo.collect_frames = lambda *inputs: vae_ppo.torch.from_numpy(painted_frames(*inputs))
-    else:
+    vae_ppo.collect_frames = painted_frames
+    if "pretrain" not in sys.argv:  # whose player sees the frames as they were
         vae_ppo.Games.step = painted_step
-    sys.exit(vae_ppo.main(sys.argv[2:]))
+    vae_ppo.main()

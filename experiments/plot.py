@@ -1,202 +1,158 @@
-"""The figures and tables of experiments/results/, and how a run gets there.
+"""The pictures and the table of what is in experiments/results/, and how a run gets there.
 
-    pip install matplotlib==3.11.2
-    python -m experiments.plot publish runs/Breakout-adapt-10M-seed1 --pictures --weights
-    python -m experiments.plot fig3
-    python -m experiments.plot fig5
-    python -m experiments.plot probe
-    python -m experiments.plot table
-    python -m experiments.plot overview runs/<pretrain>/checkpoint.pt runs/<joint>/checkpoint.pt
-
-fig3, fig5, table and overview take the names of other models, too: `fig3 adapt-10M adapt-1M`.
+python -m experiments.plot publish runs/Breakout-adapt-10M-seed1 --weights
+python -m experiments.plot figures
+python -m experiments.plot table
 """
 
 import csv
-import io
 import json
-import shutil
 import sys
+from argparse import ArgumentParser, RawTextHelpFormatter
+from functools import partial
 from pathlib import Path
-from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-from experiments import UserError, evaluate, main
-from vae_ppo import load_checkpoint
+import vae_ppo
+from experiments import evaluate
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-FIG3 = ("fixed-10M", "adapt-10M", "joint-kappa20-10M")
-FIG5 = ("joint-kappa1-1M", "joint-kappa10-1M", "joint-kappa20-1M")
-MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000)  # steps at which the table has the score
+FIG3 = {"fixed-10M": "fixed", "adapt-10M": "adapt", "joint-kappa20-10M": "joint, kappa 20"}
+FIG5 = {f"joint-kappa{kappa}-1M": f"joint, kappa {kappa}" for kappa in (1, 10, 20, 100)}
+FIG5["joint-kappa1e6-1M"] = "plain PPO"  # hardly any VAE
+MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000, 10_000_000)  # of the table
 
 
-def read_curves(models):
-    """{model: {seed: steps, scores, steps/s}} of these models, or of all but the VAEs."""
-    curves = {}
-    for path in sorted(RESULTS.glob("*-seed*.csv")):
-        model, seed = path.stem.rsplit("-seed", 1)
-        if model in models or not (models or model.startswith("pretrain")):
-            columns = np.genfromtxt(path, delimiter=",", skip_header=1, usecols=(0, 1, 2)).T
-            columns = columns[:, np.isfinite(columns[1])]
-            if columns.size:  # else no game has ended
-                curves.setdefault(model, {})[seed] = columns
-    if missing := [model for model in models if model not in curves]:
-        print(f"no run of {', '.join(missing)} in {RESULTS}", file=sys.stderr)
-    if not curves:
-        raise UserError(f"there is nothing to show in {RESULTS}")
-    return {model: curves[model] for model in models or curves if model in curves}
+def read_scores(model):
+    """For each seed an array, whose rows are steps and scores."""
+    seeds = []
+    for path in sorted(RESULTS.glob(f"{model}-seed*.csv")):
+        pairs = [
+            (row["global_step"], row["charts/episodic_return"])
+            for row in csv.DictReader(path.open())
+        ]
+        seeds.append(np.array([pair for pair in pairs if pair[1]], dtype=float).T)
+    return seeds or sys.exit(f"there is no run of {model} in {RESULTS}")
 
 
-def draw_lines(axes, curves, ylabel):
-    """For each model the median of its seeds, their 25-75 % band, every seed thin behind."""
-    for number, (model, seeds) in enumerate(curves.items()):
-        lines = [columns[:2] for columns in seeds.values()]
-        start, end = max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines)
-        steps = np.unique(np.concatenate([x for x, _ in lines]))
-        steps = steps[(start <= steps) & (steps <= end)]  # where all seeds are
-        values = [np.interp(steps, x, y) for x, y in lines]
-        low, median, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+def draw_curves(axes, curves, ylabel):
+    """For each name the median of its seeds, their 25-75 % band, every seed thin behind."""
+    names = []
+    for number, (name, seeds) in enumerate(curves.items()):
         color = f"C{number}"
-        for x, y in lines:
-            axes.plot(x, y, alpha=0.25, linewidth=0.8, color=color)
-        axes.fill_between(steps, low, high, alpha=0.2, color=color)
-        label = f"{model}, {len(lines)} seed{'s' if len(lines) > 1 else ''}"
-        axes.plot(steps, median, label=label, color=color)
-    axes.set(xlabel="env steps (4 game frames each)", ylabel=ylabel)
+        steps = min([seed[0] for seed in seeds], key=max)  # of the seed that ends first
+        values = [np.interp(steps, *seed) for seed in seeds]
+        low, median, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+        for seed in seeds:
+            axes.plot(*seed, alpha=0.3, linewidth=0.6, color=color)
+        axes.fill_between(steps, low, high, alpha=0.2, color=color, linewidth=0)
+        axes.plot(steps, median, color=color)
+        names.append((median[-1], steps[-1], name, color))
+    highest = np.inf
+    for y, x, name, color in sorted(names, reverse=True):  # each below the one before
+        y = min(y, highest)
+        axes.annotate(f" {name}", (x, y), color=color, fontweight="bold", va="center")
+        highest = y - 0.06 * np.ptp(axes.get_ylim())
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.3g}M")
+    axes.set(xlabel="steps (4 game frames each)", ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(name, curves, ylabel, xscale="linear", **scale):
-    from matplotlib.figure import Figure
+def draw_scores(models, figure):
+    curves = {name: read_scores(model) for model, name in models.items()}
+    draw_curves(figure.subplots(), curves, "score, mean of the last 100 games")
 
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
+
+def draw_probe(figure):
+    runs = {}  # of all games by one player
+    for row in csv.DictReader((RESULTS / "probe.csv").open()):
+        if row["player"] == "Breakout-joint-kappa20-10M-seed1":
+            run = row["run"].removeprefix("Breakout-")
+            runs.setdefault(run, []).append([int(row["global_step"]), float(row["r2"])])
+    _, frozen = runs["pretrain-seed1"][-1]
+    curves = {"fixed": [np.array([[0, 1e7], [frozen, frozen]])]}
+    for model in ("adapt-10M", "joint-kappa20-10M", "joint-kappa1-1M"):
+        curves[(FIG3 | FIG5)[model]] = [np.array(runs[f"{model}-seed{s}"]).T for s in (1, 2, 3)]
     axes = figure.subplots()
-    draw_lines(axes, curves, ylabel)
-    axes.set_xscale(xscale, **scale)
-    figure.legend(loc="outside lower center")  # many names would hide the lines
-    figure.savefig(HERE / name, dpi=110)
-    print(HERE / name)
+    axes.set_xscale("symlog", linthresh=1e5)
+    draw_curves(axes, curves, "R$^2$ of the ball's place, read from mu")
 
 
-def fig3(models: list = FIG3):
-    """Scores over steps, of the models of which there are runs."""
-    draw("learning_curves.png", read_curves(models), "score, mean of the last 100 games")
-
-
-def fig5(models: list = FIG5):
-    """The same of joint with several kappas."""
-    draw("kappa.png", read_curves(models), "score, mean of the last 100 games")
-
-
-def probe():
-    """How the ball enters mu: R^2 of its place over steps, from results/probe.csv."""
-    curves = {}
-    rows = list(csv.DictReader((RESULTS / "probe.csv").read_text().splitlines()))
-    for row in rows:
-        if row["mode"] != "pretrain":
-            model, _, seed = row["run"].removeprefix("Breakout-").rpartition("-seed")
-            player = row["player"].removeprefix("Breakout-")
-            points = curves.setdefault(f"{model} in games of {player}", {}).setdefault(seed, [])
-            points.append((float(row["global_step"]), float(row["r2"])))
-    curves = {
-        model: {seed: np.array(sorted(points)).T for seed, points in seeds.items()}
-        for model, seeds in curves.items()
+def draw_overview(guided, figure):
+    args, joint = evaluate.load(HERE / "weights/joint-kappa20-10M-seed1.pt")
+    _, vae = evaluate.load(HERE / "weights/pretrain-seed1.pt")
+    stacks, balls, rows = evaluate.watch(joint, args, 1, 2000, evaluate.SEED + 1)
+    some = rows[[3 * len(rows) // 5]]
+    newest = stacks[some, -1]
+    cells = {
+        "A frame: the ball\nis in the circle.": newest / 255,
+        "The VAE, trained alone,\nleaves the ball out.": evaluate.decode(vae, newest),
+        "The value of joint looks\nat the blue pixels.": evaluate.colour_value(joint, stacks[some]),
     }
-    draw("probe.png", curves, "R^2 of the ball's place from mu", "symlog", linthresh=1e5)
+    if guided:
+        _, guided = evaluate.load(guided)
+        cells["The guided decoder\ndraws the ball."] = evaluate.decode(guided, newest)
+    figure.set_figheight(6.6)
+    top, bottom = figure.subfigures(2, height_ratios=[1, 1.2])
+    for axes, title in zip(top.subplots(1, len(cells)), cells, strict=True):
+        evaluate.show(axes, cells[title][0], balls[some[0]])
+        axes.set_title(title, fontsize=11)
+    draw_scores(FIG3, bottom)
 
 
-def overview(pretrain, joint, models: list = FIG3):
-    """The finding in one picture: a frame, what the VAE makes of it, where joint's value looks, and
-    Fig. 3. Needs the checkpoints of a pretrain and of a joint run."""
-    from matplotlib.figure import Figure
-
-    args, agent = evaluate.load(joint)
-    _, vae = evaluate.load(pretrain, mode="pretrain")
-    stacks, balls, rows = evaluate.watch(agent, evaluate.new_games(args, 1, seed=1001), 1000)
-    t = rows[len(rows) // 2 :][:1]
-    frame, _, blue = evaluate.see(agent, stacks[t])
-    _, decoded, _ = evaluate.see(vae, stacks[t])
-    figure = Figure(figsize=(13, 3.4), layout="constrained")
-    *cells, right = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
-    for axes, picture in zip(cells, (frame, decoded, blue), strict=True):
-        evaluate.show(axes, picture[0], balls[t[0]])
-    cells[0].set_title("a frame, its ball in the circle", fontsize=10)
-    cells[1].set_title("the pretrained VAE's picture of it", fontsize=10)
-    cells[2].set_title("what joint's value looks at, in blue", fontsize=10)
-    draw_lines(right, read_curves(models), "score")
-    right.legend()
-    figure.savefig(HERE / "overview.png", dpi=100)
-    print(HERE / "overview.png")
+def figures(options):
+    drawers = {"learning_curves": partial(draw_scores, FIG3), "kappa": partial(draw_scores, FIG5)}
+    drawers |= {"probe": draw_probe, "overview": partial(draw_overview, options.guided)}
+    for name, draw in drawers.items():
+        figure = Figure(figsize=(8.5, 4.5), layout="constrained")
+        draw(figure)
+        figure.savefig(HERE / f"{name}.png", dpi=150)
 
 
-def row(*texts, numbers=()):
-    cells = [*texts, *["" if np.isnan(x) else f"{x:.1f}" for x in numbers]]
-    print(f"| {' | '.join(cells)} |")
+def table(options):
+    print(f"| run | seeds | {' | '.join(f'{mark / 1e6:g}M' for mark in MARKS)} | 100 games |")
+    print(f"|---|---|{'---|' * len(MARKS)}---|")
+    for model in options.models:
+        seeds = read_scores(model)
+        cells = [model, str(len(seeds))]
+        for mark in MARKS:
+            found = [np.interp(mark, *seed) for seed in seeds]
+            cell = f"{np.median(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+            cells.append(cell if mark < 1.001 * seeds[0][0, -1] else "")  # to a rollout
+        paths = sorted(RESULTS.glob(f"{model}-seed*.json"))
+        cells.append(", ".join(f"{json.loads(path.read_text())['mean']:.1f}" for path in paths))
+        print(f"| {' | '.join(cells)} |")
 
 
-def table(models: list = ()):
-    """Each seed, and the median of each model where all its seeds are, in Markdown. Hours are those
-    of all steps at the logged speeds, of which a published CSV has a sample."""
-    columns = ["model", "seed", "steps", *[f"at {steps / 1e6:g}M" for steps in MARKS]]
-    columns += ["at the end", "hours", "mean of whole games", "from (95 %)", "to", "IQM"]
-    row(*columns)
-    row(*["---"] * len(columns))
-    for model, seeds in read_curves(models).items():
-        found = []
-        for seed, (steps, scores, speed) in seeds.items():
-            reached = np.array(MARKS) < 1.001 * steps[-1]  # to a rollout
-            numbers = [*np.where(reached, np.interp(MARKS, steps, scores), np.nan), scores[-1]]
-            found.append([*numbers, steps[-1] * np.mean(1 / speed) / 3600])
-            path = RESULTS / f"{model}-seed{seed}.json"
-            facts = json.loads(path.read_text()) if path.exists() else {"global_step": 0}
-            games = []
-            if facts["global_step"] == steps[-1]:  # else they are of an older checkpoint
-                games = [facts["mean"], *facts["interval"], facts["iqm"]]
-            row(model, seed, f"{steps[-1]:,.0f}", numbers=found[-1] + games)
-        median = np.median(found, axis=0)
-        if len({steps[-1] for steps, _, _ in seeds.values()}) > 1:
-            median[-2:] = np.nan  # no two ends are the same
-        if len(seeds) > 1:
-            row(model, "median", "", numbers=median)
-
-
-def shorten(cell):
-    """A cell of metrics.csv with the fewest digits that give the same float32."""
-    return str(np.float32(cell)) if "." in cell else cell
-
-
-def publish(folders: list, pictures=False, weights=False):
-    """Copy metrics.csv, thinned to 500 rows and its numbers shortened, and eval.json of each run to
-    results/, under its name without the game; --pictures: its pictures, too; --weights: its
-    weights, without Adam's state and in half precision and compressed, to weights/."""
-    for folder in map(Path, folders):
+def publish(options):
+    for folder in options.folders:
         name = folder.name.removeprefix("Breakout-")
-        header, *rows = csv.reader((folder / "metrics.csv").read_text().splitlines() or [""])
-        if not rows:
-            raise UserError(f"{folder} has no iteration yet: wait for its first")
-        every = -(-len(rows) // 500)
+        header, *rows = (folder / "metrics.csv").read_text().splitlines()
+        every = max(1, len(rows) // 500)
         thinned = [header, *rows[(len(rows) - 1) % every :: every]]  # the last row stays
-        with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([shorten(x) for x in cells] for cells in thinned)
-        copies = {"eval.json": f"{name}.json"}
-        for picture in ("reconstruction.png", "jacobian.png", "episode.gif") if pictures else ():
-            copies[picture] = f"{name}-{picture}"
-        for source, target in copies.items():
-            if (folder / source).exists():
-                shutil.copyfile(folder / source, RESULTS / target)
-        if weights:
-            path = HERE / "weights" / f"{name}.pt"
-            saved = load_checkpoint(folder / "checkpoint.pt")
+        (RESULTS / f"{name}.csv").write_text("\n".join(thinned) + "\n")
+        if (facts := Path("watched", folder.name, "eval.json")).exists():
+            (RESULTS / f"{name}.json").write_text(facts.read_text())
+        if options.weights:
+            saved = vae_ppo.load_checkpoint(folder / "checkpoint.pt", None)
             saved["weights"] = {key: x.half() for key, x in saved["weights"].items()}
             del saved["optimizer"]
-            data = io.BytesIO()
-            torch.save(saved, data)
-            with ZipFile(data) as plain, ZipFile(path, "w", ZIP_DEFLATED) as small:
-                for entry in plain.namelist():
-                    small.writestr(entry, plain.read(entry))
-        print(RESULTS / f"{name}.csv")
+            torch.save(saved, HERE / "weights" / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(__doc__, publish, fig3, fig5, probe, table, overview)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("publish", help="copy what runs have made to results/").add_argument
+    add("folders", nargs="+", type=Path, help="of the runs, like runs/Breakout-adapt-10M-seed1")
+    add("--weights", action="store_true", help="copy their weights to weights/, in half precision")
+    add = commands.add_parser("figures", help="draw the pictures of the READMEs").add_argument
+    add("--guided", type=Path, help="checkpoint with a guided decoder, for overview")
+    add = commands.add_parser("table", help="print scores in Markdown").add_argument
+    add("models", nargs="*", default=FIG3 | FIG5, help="like adapt-10M; if not given, all of both")
+    options = parser.parse_args()
+    {"publish": publish, "figures": figures, "table": table}[options.command](options)
