@@ -524,7 +524,9 @@ def collect_frames(args, games, num_actions, device):
 def learn_vae(agent, optimizer, games, args, steps):
     """pretrain. Yields the metrics of each epoch, a pass over all frames."""
     frames = collect_frames(args, games, agent.actor.out_features, agent.mu.weight.device)
-    for _ in steps:
+    seed = torch.initial_seed()
+    for step in steps:
+        torch.manual_seed(seed + step)  # a resumed run draws what it would have drawn
         history = []
         order = torch.randperm(len(frames), device=frames.device)
         for index in order.split(128):  # authors
@@ -628,8 +630,8 @@ def load_checkpoint(path, args, *names):
     except Exception as error:  # the file is missing, damaged, or not ours
         sys.exit(f"{path} is no checkpoint of vae_ppo.py: {error!r:.90}")
     for name in names:
-        if made_with[name] != getattr(args, name):
-            sys.exit(f"{path} is of {name} {made_with[name]}, not {getattr(args, name)}")
+        if made_with.get(name) != getattr(args, name):
+            sys.exit(f"{path} is of {name} {made_with.get(name)}, not {getattr(args, name)}")
     return saved
 
 
