@@ -1,12 +1,12 @@
-"""Guiding Representation Learning in Deep Generative Models with Policy Gradients, in one file.
+"""Guiding Representation Learning in Deep Generative Models with Policy Gradients.
 
     python vae_ppo.py --mode joint --kappa 20 --cuda
     python vae_ppo.py --mode pretrain --policy runs/Breakout-joint-kappa20-seed1/checkpoint.pt
     python vae_ppo.py --mode fixed --vae runs/Breakout-pretrain-seed1/checkpoint.pt
     python vae_ppo.py --mode adapt --vae runs/Breakout-pretrain-seed1/checkpoint.pt
 
-A VAE that is trained alone on Atari Breakout leaves out the ball, so no policy can play from its
-latent space. Policy gradients that are sent through the encoder put the ball back.
+A VAE that is trained alone on Atari Breakout leaves out the ball, so no policy can play
+from its latent space. Policy gradients that are sent through the encoder put it back.
 
     x            a frame, grey, uint8
     mu, logvar   mean and log-variance of q(z|x), the encoder's answer to one frame
@@ -29,7 +29,7 @@ from collections import deque, namedtuple
 from contextlib import suppress
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads leave their core
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave their core
 
 import ale_py
 import gymnasium as gym
@@ -86,13 +86,13 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
 
 def parse_args(argv=None):
     """The checked command line. What is wrong ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(usage="vae_ppo.py --mode MODE [flags]", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.description = "\n".join(f"{name:9} {mode.loss}" for name, mode in MODES.items())
+    parser.usage = "vae_ppo.py --mode MODE [flags]"
     parser.add_argument("--mode", choices=MODES, required=True)
     for group, name, default, _, text in FLAGS:
-        users = [mode for mode in MODES if group in MODES[mode].flags]
-        text += f" [{', '.join(users)}]" + (f" (default: {default})" if default != "" else "")
+        users = ", ".join(mode for mode in MODES if group in MODES[mode].flags)
+        text += f" [{users}]" if default == "" else f" [{users}; {default}]"
         kind = {"type": type(default)}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -117,14 +117,14 @@ def parse_args(argv=None):
         args.batch_size = args.num_frames * args.world_size
         args.total_timesteps = args.vae_epochs * args.batch_size
     if not 1 <= args.batch_size <= args.total_timesteps:
-        parser.error(f"total_timesteps must be at least one iteration's {args.batch_size} steps")
+        parser.error(f"total_timesteps must be at least {args.batch_size}, an iteration")
     if not args.run_name:
         game = args.env_id.split("/")[-1].removesuffix("-v5")
         kappa = f"-kappa{args.kappa:g}" if "kappa" in mode.flags else ""
         args.run_name = f"{game}-{args.mode}{kappa}-seed{args.seed}"
+    if Path(args.run_name).name != args.run_name or args.run_name == "..":
+        parser.error(f"run_name must name a folder, not {args.run_name}")
     folder = Path(args.runs_dir, args.run_name)
-    if os.path.dirname(os.path.abspath(folder)) != os.path.abspath(args.runs_dir):
-        parser.error(f"--run-name must name a folder in --runs-dir, not {args.run_name}")
     if folder.exists() != args.resume:
         problem = "does not exist: leave out" if args.resume else "exists: add"
         parser.error(f"{folder} {problem} --resume, or choose another --run-name")
@@ -209,19 +209,16 @@ def masked_mean(x, valid):
     return (x * valid).sum() / valid.sum().clamp(min=1)
 
 
-def masked_var(x, valid):
-    return masked_mean((x - masked_mean(x, valid)).square(), valid)
-
-
 def ppo_loss(logits, value, mb, args):
-    """L_PPO and metrics: logits (..., num_actions), value (...), and the rollout's in `mb`."""
+    """L_PPO and metrics: logits (..., num_actions), value (...); `mb` is of the rollout."""
     pi = Categorical(logits=logits)
     pi_old = Categorical(logits=mb["logits"])
     valid = ~mb["reset_row"]
     advantages = mb["advantages"]
     if args.norm_adv:
-        deviation = masked_var(advantages, valid).sqrt()
-        advantages = (advantages - masked_mean(advantages, valid)) / (deviation + 1e-8)
+        advantages = advantages - masked_mean(advantages, valid)
+        deviation = masked_mean(advantages.square(), valid).sqrt()
+        advantages = advantages / (deviation + 1e-8)
     ratio = (pi.log_prob(mb["actions"]) - pi_old.log_prob(mb["actions"])).exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -248,13 +245,13 @@ def ppo_loss(logits, value, mb, args):
 VAE = ("encoder", "mu", "logvar", "decoder")
 POLICY = ("trunk", "actor", "critic")
 ADAPTED = (*POLICY, "encoder", "mu")
-Mode = namedtuple("Mode", "networks learning_rate flags loss")  # flags: groups of FLAGS
-MODES = {  # Adam trains the networks; with the flag "vae" they begin as a pretrained VAE's
-    "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE"), "L_VAE"),
-    "fixed": Mode(POLICY, 1e-3, ("run", "vae", "L_PPO"), "L_PPO, on a VAE that stands still"),
-    "adapt": Mode(ADAPTED, 5e-4, ("run", "vae", "L_PPO"), "L_PPO, through a VAE's encoder"),
-    "joint": Mode(POLICY + VAE, 1e-3, ("run", "kappa", "L_VAE", "L_PPO"), "kappa * L_PPO + L_VAE"),
-}
+Mode = namedtuple("Mode", "networks learning_rate flags")  # flags: groups of FLAGS
+MODES = {  # Adam trains the networks; with "vae" they start as a pretrained VAE's
+    "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE
+    "fixed": Mode(POLICY, 1e-3, ("run", "vae", "L_PPO")),  # L_PPO, on a frozen encoder
+    "adapt": Mode(ADAPTED, 5e-4, ("run", "vae", "L_PPO")),  # L_PPO
+    "joint": Mode(POLICY + VAE, 1e-3, ("run", "kappa", "L_VAE", "L_PPO")),
+}  # joint: kappa * L_PPO + L_VAE
 
 
 def make_agent(args, num_actions, device):
@@ -267,9 +264,10 @@ def make_agent(args, num_actions, device):
         saved = load_checkpoint(args.vae, args, "env_id", "latent_dim")
         new_policy = {k: x for k, x in agent.state_dict().items() if k.startswith(POLICY)}
         agent.load_state_dict(saved["weights"] | new_policy)
-    networks = MODES[args.mode].networks
-    parameters = [p for name in networks for p in getattr(agent.to(device), name).parameters()]
-    return agent, torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    agent.to(device)
+    networks = nn.ModuleList(getattr(agent, name) for name in MODES[args.mode].networks)
+    learning_rate = args.learning_rate
+    return agent, torch.optim.Adam(networks.parameters(), learning_rate, eps=1e-5, fused=True)
 
 
 def minibatch_loss(agent, buffer, segments, args):
@@ -288,7 +286,7 @@ def minibatch_loss(agent, buffer, segments, args):
     l_ppo, metrics = ppo_loss(logits, value, mb, args)
     if "decoder" not in networks:
         return l_ppo, metrics
-    steps = slice(agent.num_stack - 1, None)  # the first C frames only complete the stacks
+    steps = slice(agent.num_stack - 1, None)  # the first C frames complete the stacks
     mu_vae = mu[steps]  # where the gradient of L_VAE alone arrives
     l_vae, vae_metrics = vae_loss(agent, frames[steps], mu_vae, logvar[steps], args)
     metrics.update(vae_metrics)
@@ -319,8 +317,8 @@ def make_envs(args):
 
 
 class Games:
-    """N games. The step after any `done` is a reset row, which belongs to no episode: after a
-    lost life it serves, after a game over it shows the new game's first frame."""
+    """N games. The step after any `done` is a reset row, which belongs to no episode: after
+    a lost life it serves, after a game over it shows the new game's first frame."""
 
     def __init__(self, envs, serve, seeds, scores=()):
         obs, info = envs.reset(seed=seeds)
@@ -346,7 +344,7 @@ class Games:
 
 
 def draw_seeds(args, rank, global_step):
-    """Seed torch. Returns seeds of new games (N,): no other run, process or start has them."""
+    """Seed torch. Returns seeds of games (N,): no other run, process or start has them."""
     sequence = np.random.SeedSequence([args.seed, rank, global_step])
     *seeds, torch_seed = (sequence.generate_state(args.num_envs + 1) >> 1).tolist()
     torch.manual_seed(torch_seed)
@@ -360,7 +358,7 @@ class Buffer:
     row of frames and mu   0 ... C-1          C ... C+T-1         C+T
     shows                  what came before   steps 0 ... T-1     the step after, for its V
 
-    stack[t] has the rows of all frames that step t sees, oldest first: indices, not copies."""
+    stack[t] has the rows of the frames that step t sees, oldest first."""
 
     def __init__(self, agent, T, N, device):
         self.T, self.N, self.C = T, N, agent.num_stack - 1
@@ -398,7 +396,7 @@ def act(agent, buffer, t):
 def rollout(agent, games, buffer):
     """Play T steps. The weights stand still, so only a step's newest frame is encoded."""
     C, T = buffer.C, buffer.T
-    buffer.frames[:C] = buffer.frames[T : T + C].clone()  # begin at the last rollout's end
+    buffer.frames[:C] = buffer.frames[T : T + C].clone()  # the last rollout's end
     buffer.frames[C] = torch.from_numpy(games.frame)
     buffer.stack[0] = buffer.stack[T] - T
     buffer.reset_row[0] = buffer.reset_row[T]
@@ -441,10 +439,10 @@ def gather(buffer, segments, L):
     rows = first + torch.arange(buffer.C + L, device=segments.device)[:, None]
     t = rows[:L]  # (L, B)
     names = ("actions", "logits", "values", "advantages", "returns", "reset_row")
-    mb = {name: getattr(buffer, name)[t, game] for name in names}
-    mb["rows"] = (rows, game)  # of frames and mu, (C + L, B)
-    mb["stack"] = buffer.stack[t, game] - first[:, None]  # from the first row on
-    return mb
+    return {name: getattr(buffer, name)[t, game] for name in names} | {
+        "rows": (rows, game),  # of frames and mu, (C + L, B)
+        "stack": buffer.stack[t, game] - first[:, None],  # from the first row on
+    }
 
 
 def mean_over_ranks(x):
@@ -484,23 +482,18 @@ def update(agent, optimizer, buffer, args):
         metrics["grad/norm"] = clipped_gradient(optimizer, loss, args.max_grad_norm)
         optimizer.step()
         history.append(metrics)
-    valid = ~buffer.reset_row[:-1]
-    unexplained = masked_var(buffer.returns - buffer.values[:-1], valid)
-    explained = 1 - unexplained / (masked_var(buffer.returns, valid) + 1e-8)
-    return mean_metrics(history) | {
-        "losses/approx_kl": approx_kl,  # of the last minibatch
-        "losses/explained_variance": mean_over_ranks(explained).item(),
-        "losses/updates": len(history),  # fewer than all: the KL stopped them
-    }
+    means = mean_metrics(history)
+    means["losses/approx_kl"] = approx_kl  # of the last minibatch
+    means["losses/updates"] = len(history)  # fewer than all: the KL stopped them
+    return means
 
 
 def learn_policy(agent, optimizer, games, args, steps):
     """fixed, adapt and joint. Yields the metrics of each iteration."""
     buffer = Buffer(agent, args.num_steps, args.num_envs, agent.mu.weight.device)
     for global_step in steps:
-        if args.anneal_lr:
-            remaining = 1 - global_step / args.total_timesteps
-            optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
+        remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
+        optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
         rollout(agent, games, buffer)
         yield update(agent, optimizer, buffer, args)
 
@@ -515,8 +508,8 @@ def collect_frames(args, games, num_actions, device):
     else:
         player = Agent(num_actions, args.latent_dim, args.num_stack)
         nn.init.zeros_(player.actor.weight)  # all actions are equally likely
-    num_steps = math.ceil(args.num_frames / args.num_envs)
-    buffer = Buffer(player, num_steps, args.num_envs, device)
+    T = math.ceil(args.num_frames / args.num_envs)
+    buffer = Buffer(player, T, args.num_envs, device)
     rollout(player.to(device), games, buffer)
     return buffer.frames[buffer.C : -1].flatten(0, 1)[: args.num_frames]
 
@@ -524,9 +517,7 @@ def collect_frames(args, games, num_actions, device):
 def learn_vae(agent, optimizer, games, args, steps):
     """pretrain. Yields the metrics of each epoch, a pass over all frames."""
     frames = collect_frames(args, games, agent.actor.out_features, agent.mu.weight.device)
-    seed = torch.initial_seed()
-    for step in steps:
-        torch.manual_seed(seed + step)  # a resumed run draws what it would have drawn
+    for _ in steps:
         history = []
         order = torch.randperm(len(frames), device=frames.device)
         for index in order.split(128):  # authors
@@ -544,49 +535,44 @@ def start_process(args):
     Categorical.set_default_validate_args(False)  # validation waits for the device
     torch.backends.cudnn.deterministic = True  # equal seeds give equal bits
     use_cuda = args.cuda and torch.cuda.is_available()
+    device = torch.device("cuda" if use_cuda else "cpu")
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if args.world_size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-        dist.barrier()  # all have looked for the run's folder before it is made
-    rank = dist.get_rank() if args.world_size > 1 else 0
-    return torch.device("cuda" if use_cuda else "cpu"), rank
+    if args.world_size == 1:
+        return device, 0
+    dist.init_process_group("nccl" if use_cuda else "gloo")
+    dist.barrier()  # all have looked for the run's folder before it is made
+    return device, dist.get_rank()
 
 
 def train(args, signals=()):
-    """Run a mode from its start, or its checkpoint, to its end, or until `signals` has one."""
+    """Run a mode, from its checkpoint if any, to its end or the first of `signals`."""
     device, rank = start_process(args)
     folder = Path(args.runs_dir, args.run_name)
-    total, batch = args.total_timesteps, args.batch_size
     if rank == 0:
-        threads = torch.get_num_threads()
-        print(f"{args.mode} of {args.env_id} on {device}, {threads} threads: {folder}", flush=True)
+        print(f"{args.mode} of {args.env_id} on {device}: {folder}", flush=True)
     envs, serve = make_envs(args)
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
-    global_step, scores, log_size = restore(agent, optimizer, args, folder / "checkpoint.pt")
+    global_step, scores, log_size = restore(agent, optimizer, args, folder)
+    games = Games(envs, serve, draw_seeds(args, rank, global_step), scores)
+    total, batch = args.total_timesteps, args.batch_size
     steps = range(global_step, total - batch + 1, batch)  # at which the iterations begin
-    if not steps:
-        print(f"{folder} has {global_step} of {total} steps: it is finished")
-        return
-    learn, game_step = learn_policy, global_step
-    if args.mode == "pretrain":
-        learn, game_step = learn_vae, 0  # resumed, it plays the same frames again
-    games = Games(envs, serve, draw_seeds(args, rank, game_step), scores)
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
-    bar = tqdm(total=total, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
+    bar = tqdm(total=total, initial=global_step, unit_scale=True, disable=rank > 0)
+    learn = learn_vae if args.mode == "pretrain" else learn_policy
     clock = time.perf_counter()
     for metrics in learn(agent, optimizer, games, args, steps):
-        global_step += batch
         if not math.isfinite(metrics["grad/norm"]):  # in all processes at once
             sys.exit(f"\ngrad/norm is {metrics['grad/norm']}: lower --learning-rate")
-        stop = mean_over_ranks(torch.tensor(float(len(signals)), device=device)).item() > 0
+        stop = mean_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
+        global_step += batch
         if rank == 0:
             seconds = time.perf_counter() - clock
             clock += seconds
             charts = {
                 "global_step": global_step,
-                "charts/episodic_return": np.mean(games.scores) if games.scores else None,
+                "charts/episodic_return": np.mean(games.scores or math.nan),
                 "charts/SPS": round(batch / seconds),
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
             }
@@ -595,7 +581,7 @@ def train(args, signals=()):
             if last or global_step // batch % args.checkpoint_every == 0:
                 progress = {"scores": list(games.scores), "log_size": file.tell()}
                 progress |= {"global_step": global_step, "args": vars(args)}
-                save_checkpoint(folder / "checkpoint.pt", agent, optimizer, progress)
+                save_checkpoint(folder, agent, optimizer, progress)
             with suppress(OSError):  # the terminal may be gone
                 bar.set_postfix(score=charts["charts/episodic_return"], refresh=False)
                 bar.update(batch)
@@ -603,27 +589,9 @@ def train(args, signals=()):
             break
 
 
-def main():
-    """The program. The first Ctrl-C, or SIGTERM, has it save and end, a second one ends it."""
-    signals = []
-
-    def catch(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        with suppress(OSError):  # the terminal may be gone
-            print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
-
-    args = parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, catch)
-    train(args, signals)
-    sys.exit(128 + signals[0] if signals else 0)
-
-
 # ---- Checkpoint and log ----
 def load_checkpoint(path, args, *names):
-    """A checkpoint that was made with the settings `names` of args. Nothing in it is executed."""
+    """A checkpoint that was made with args' settings `names`. Executes nothing of it."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         made_with = saved["args"]
@@ -635,8 +603,9 @@ def load_checkpoint(path, args, *names):
     return saved
 
 
-def restore(agent, optimizer, args, path):
-    """Load the run's checkpoint, if any. Returns global_step, scores, size of metrics.csv."""
+def restore(agent, optimizer, args, folder):
+    """Load the checkpoint, if any. Returns global_step, scores, size of metrics.csv."""
+    path = folder / "checkpoint.pt"
     if not path.exists():  # a new run, or one that was killed before its first checkpoint
         return 0, [], 0
     saved = load_checkpoint(path, args, "mode", "env_id", "latent_dim", "num_stack")
@@ -644,40 +613,38 @@ def restore(agent, optimizer, args, path):
     optimizer.load_state_dict(saved["optimizer"])
     optimizer.param_groups[0]["lr"] = args.learning_rate
     for p, state in optimizer.state.items():
-        if {x.shape for x in state.values()} - {p.shape, torch.Size()}:  # Adam would crash
+        if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
             sys.exit(f"{path} has the optimizer's state of another network")
     changed = {k: x for k, x in vars(args).items() if saved["args"].get(k, x) != x}
     print(f"from step {saved['global_step']} on, with these settings changed: {changed}")
     return saved["global_step"], saved["scores"], saved["log_size"]
 
 
-def save_checkpoint(path, agent, optimizer, progress):
+def save_checkpoint(folder, agent, optimizer, progress):
     """Replace the checkpoint as a whole, or not at all."""
     state = {"weights": agent.state_dict(), "optimizer": optimizer.state_dict()}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with open(folder / "checkpoint.tmp", "wb") as file:
         torch.save(state | progress, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    os.replace(file.name, folder / "checkpoint.pt")
 
 
 def open_log(args, folder, size, global_step):
-    """Lock the folder; open metrics.csv, cut to `size`, and TensorBoard. Returns all three."""
+    """The lock of the folder, metrics.csv, cut to `size`, and TensorBoard."""
     if args.track:
         import wandb  # not among the requirements
 
         wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
-    lock = FileLock(folder / "lock", blocking=False)
+    lock = FileLock(folder / "lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(blocking=False)
     except OSError as error:
         sys.exit(f"{folder} cannot be used (is another process at work in it?): {error}")
-    file = (folder / "metrics.csv").open("a+", newline="", buffering=1)
+    file = open(folder / "metrics.csv", "a+", newline="", buffering=1)
     file.seek(file.truncate(min(size, file.tell())))
     tensorboard = SummaryWriter(folder, purge_step=global_step + 1)
-    tensorboard.add_text("args", f"{vars(args) | {'torch': torch.__version__}}")
+    tensorboard.add_text("args", f"{vars(args)}, torch {torch.__version__}")
     return lock, file, tensorboard
 
 
@@ -689,13 +656,26 @@ def write_log(file, tensorboard, row):
     columns = file.readline().strip().split(",")
     file.seek(0, os.SEEK_END)
     if set(columns) != set(row):
-        sys.exit(f"\n{file.name} has other columns than this run: choose another --run-name")
+        sys.exit(f"\n{file.name} has other columns: choose another --run-name")
     csv.DictWriter(file, columns).writerow(row)
     for name, value in row.items():
-        if value is not None:
-            tensorboard.add_scalar(name, value, row["global_step"])
+        tensorboard.add_scalar(name, value, row["global_step"])
     tensorboard.flush()
 
 
 if __name__ == "__main__":
-    main()
+    signals = []
+
+    def catch(number, _):
+        """The first Ctrl-C has the program save and end, a second one ends it at once."""
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        with suppress(OSError):  # the terminal may be gone
+            print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
+
+    args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, catch)
+    train(args, signals)
+    sys.exit(128 + signals[0] if signals else 0)
