@@ -265,9 +265,8 @@ def make_agent(args, num_actions, device):
         new_policy = {k: x for k, x in agent.state_dict().items() if k.startswith(POLICY)}
         agent.load_state_dict(saved["weights"] | new_policy)
     agent.to(device)
-    networks = nn.ModuleList(getattr(agent, name) for name in MODES[args.mode].networks)
-    learning_rate = args.learning_rate
-    return agent, torch.optim.Adam(networks.parameters(), learning_rate, eps=1e-5, fused=True)
+    trained = nn.ModuleList(getattr(agent, name) for name in MODES[args.mode].networks)
+    return agent, torch.optim.Adam(trained.parameters(), args.learning_rate, eps=1e-5, fused=True)
 
 
 def minibatch_loss(agent, buffer, segments, args):
