@@ -201,7 +201,8 @@ def vae_loss(agent, frames, mu, logvar, args):
     recon_loss = nats / frames.shape[:-2].numel()  # -E_q[log p(x|z)]
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1).mean()  # KL(q || N(0, I))
     l_vae = recon_loss + args.beta * kl  # eq. 2, negated: a loss
-    return l_vae, {"vae/recon_loss": recon_loss.detach(), "vae/kl": kl.detach()}
+    metrics = {"vae/recon_loss": recon_loss, "vae/kl": kl}
+    return l_vae, {name: x.detach() for name, x in metrics.items()}
 
 
 def masked_mean(x, valid):
@@ -247,11 +248,11 @@ POLICY = ("trunk", "actor", "critic")
 ADAPTED = (*POLICY, "encoder", "mu")
 Mode = namedtuple("Mode", "networks learning_rate flags")  # flags: groups of FLAGS
 MODES = {  # Adam trains the networks; with "vae" they start as a pretrained VAE's
-    "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE
-    "fixed": Mode(POLICY, 1e-3, ("run", "vae", "L_PPO")),  # L_PPO, on a frozen encoder
-    "adapt": Mode(ADAPTED, 5e-4, ("run", "vae", "L_PPO")),  # L_PPO
-    "joint": Mode(POLICY + VAE, 1e-3, ("run", "kappa", "L_VAE", "L_PPO")),
-}  # joint: kappa * L_PPO + L_VAE
+    "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE, eq. 2
+    "fixed": Mode(POLICY, 1e-3, ("run", "vae", "L_PPO")),  # L_PPO, eq. 5, frozen encoder
+    "adapt": Mode(ADAPTED, 5e-4, ("run", "vae", "L_PPO")),  # L_PPO, through the encoder
+    "joint": Mode(POLICY + VAE, 1e-3, ("run", "kappa", "L_VAE", "L_PPO")),  # eq. 3
+}
 
 
 def make_agent(args, num_actions, device):
@@ -558,7 +559,7 @@ def train(args, signals=()):
     steps = range(global_step, total - batch + 1, batch)  # at which the iterations begin
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
-    bar = tqdm(total=total, initial=global_step, unit_scale=True, disable=rank > 0)
+    bar = tqdm(total=total, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
     learn = learn_vae if args.mode == "pretrain" else learn_policy
     clock = time.perf_counter()
     for metrics in learn(agent, optimizer, games, args, steps):
@@ -586,6 +587,24 @@ def train(args, signals=()):
                 bar.update(batch)
         if stop:
             break
+
+
+def main():
+    """The program. The first Ctrl-C has it save and end, a second one ends it at once."""
+    signals = []
+
+    def catch(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        with suppress(OSError):  # the terminal may be gone
+            print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
+
+    args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, catch)
+    train(args, signals)
+    sys.exit(128 + signals[0] if signals else 0)
 
 
 # ---- Checkpoint and log ----
@@ -663,18 +682,4 @@ def write_log(file, tensorboard, row):
 
 
 if __name__ == "__main__":
-    signals = []
-
-    def catch(number, _):
-        """The first Ctrl-C has the program save and end, a second one ends it at once."""
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        with suppress(OSError):  # the terminal may be gone
-            print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
-
-    args = parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, catch)
-    train(args, signals)
-    sys.exit(128 + signals[0] if signals else 0)
+    main()

@@ -31,11 +31,10 @@ def read_scores(model):
     """For each seed an array, whose rows are steps and scores."""
     seeds = []
     for path in sorted(RESULTS.glob(f"{model}-seed*.csv")):
-        pairs = [
-            (row["global_step"], row["charts/episodic_return"])
-            for row in csv.DictReader(path.open())
-        ]
-        seeds.append(np.array([pair for pair in pairs if pair[1]], dtype=float).T)
+        rows = list(csv.DictReader(path.open()))
+        pairs = [(row["global_step"], row["charts/episodic_return"] or "nan") for row in rows]
+        pairs = np.array(pairs, dtype=float)
+        seeds.append(pairs[np.isfinite(pairs[:, 1])].T)  # from the first whole game on
     return seeds or sys.exit(f"there is no run of {model} in {RESULTS}")
 
 
