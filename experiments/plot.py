@@ -81,6 +81,25 @@ def draw_probe(figure):
     draw_curves(axes, curves, "R$^2$ of the ball's place, read from mu")
 
 
+def draw_dose(figure):
+    probed = [
+        row for row in csv.DictReader((RESULTS / "probe.csv").open()) if "vae-ball" in row["run"]
+    ]
+    left, right = figure.subplots(1, 2)
+    for size in (1, 2, 3, 4):
+        scores = [seed[1, -1] for seed in read_scores(f"fixed-ball{size}-1M")]
+        left.plot([size] * len(scores), scores, "C0o", alpha=0.5)
+        left.plot(size, np.median(scores), "C0_", markersize=25)
+        r2 = [float(row["r2"]) for row in probed if row["ball_size"] == str(size)]
+        right.plot([size] * len(r2), r2, "C1o", alpha=0.5)
+        right.plot(size, np.median(r2), "C1_", markersize=25)
+    left.set_ylabel("score of fixed after 1M steps")
+    right.set_ylabel("R$^2$ of the ball's place, read from the VAE's mu")
+    for axes in (left, right):
+        axes.set(xticks=[1, 2, 3, 4], xlabel="width and height of the ball, times its own", ylim=0)
+        axes.spines[["top", "right"]].set_visible(False)
+
+
 def draw_overview(guided, figure):
     args, joint = evaluate.load(HERE / "weights/joint-kappa20-10M-seed1.pt")
     _, vae = evaluate.load(HERE / "weights/pretrain-seed1.pt")
@@ -105,7 +124,11 @@ def draw_overview(guided, figure):
 
 def figures(options):
     drawers = {"learning_curves": partial(draw_scores, FIG3), "kappa": partial(draw_scores, FIG5)}
-    drawers |= {"probe": draw_probe, "overview": partial(draw_overview, options.guided)}
+    drawers |= {
+        "probe": draw_probe,
+        "dose": draw_dose,
+        "overview": partial(draw_overview, options.guided),
+    }
     for name, draw in drawers.items():
         figure = Figure(figsize=(8.5, 4.5), layout="constrained")
         draw(figure)

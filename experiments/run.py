@@ -38,6 +38,16 @@ for times in (1, 2, 3, 4):
     MODELS[f"vae-ball{times}"] = f"{script} pretrain --policy {PLAYER}"
     vae = f"runs/Breakout-vae-ball{times}-seed%/checkpoint.pt"
     MODELS[f"fixed-ball{times}"] = f"{script} fixed --vae {vae}"
+for game in ("Pong", "Boxing"):  # <game>-policy with `--steps 500k --seeds 11`, then its VAEs
+    script = f"vae_ppo.py --env-id ALE/{game}-v5 --mode"
+    MODELS[f"{game}-policy"] = MODELS[f"{game}-joint"] = f"{script} joint"
+    policy = f"runs/{game}-policy-500k-seed11/checkpoint.pt"
+    MODELS[f"{game}-vae"] = f"{script} pretrain --policy {policy}"
+    for mode in ("fixed", "adapt"):
+        MODELS[f"{game}-{mode}"] = f"{script} {mode} --vae runs/{game}-vae-seed%/checkpoint.pt"
+RECIPE = " --update-epochs 10 --num-minibatches 32 --segment-length 1 --learning-rate 2.5e-4"
+for model in ("adapt", "joint-kappa20"):
+    MODELS[f"{model}-authors"] = MODELS[model] + RECIPE + " --target-kl 0"
 
 
 def run(name, flags, threads):
@@ -85,7 +95,8 @@ if __name__ == "__main__":
         learns_policy = "--mode pretrain" not in flags
         length = f"-{options.steps}" if learns_policy else ""
         flags += f" --total-timesteps {steps}" if learns_policy else ""
-        jobs[f"Breakout-{model}{length}-seed{seed}"] = flags
+        game = "" if model.startswith(("Pong", "Boxing")) else "Breakout-"
+        jobs[f"{game}{model}{length}-seed{seed}"] = flags
     with ThreadPoolExecutor(options.processes) as pool:
         codes = pool.map(lambda name: run(name, jobs[name], options.threads), jobs)
     sys.exit(any(codes))
