@@ -92,7 +92,7 @@ def parse_args(argv=None):
     parser.add_argument("--mode", choices=MODES, required=True)
     for group, name, default, _, text in FLAGS:
         users = ", ".join(mode for mode in MODES if group in MODES[mode].flags)
-        text += f" [{users}]" if default == "" else f" [{users}; {default}]"
+        text += f" [{users}]" if default == "" else f" [{users}; default {default}]"
         kind = {"type": type(default)}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -218,8 +218,7 @@ def ppo_loss(logits, value, mb, args):
     advantages = mb["advantages"]
     if args.norm_adv:
         advantages = advantages - masked_mean(advantages, valid)
-        deviation = masked_mean(advantages.square(), valid).sqrt()
-        advantages = advantages / (deviation + 1e-8)
+        advantages = advantages / (masked_mean(advantages.square(), valid).sqrt() + 1e-8)
     ratio = (pi.log_prob(mb["actions"]) - pi_old.log_prob(mb["actions"])).exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -245,12 +244,11 @@ def ppo_loss(logits, value, mb, args):
 # ---- Modes: the paper on one screen ----
 VAE = ("encoder", "mu", "logvar", "decoder")
 POLICY = ("trunk", "actor", "critic")
-ADAPTED = (*POLICY, "encoder", "mu")
 Mode = namedtuple("Mode", "networks learning_rate flags")  # flags: groups of FLAGS
 MODES = {  # Adam trains the networks; with "vae" they start as a pretrained VAE's
     "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE, eq. 2
     "fixed": Mode(POLICY, 1e-3, ("run", "vae", "L_PPO")),  # L_PPO, eq. 5, frozen encoder
-    "adapt": Mode(ADAPTED, 5e-4, ("run", "vae", "L_PPO")),  # L_PPO, through the encoder
+    "adapt": Mode((*POLICY, "encoder", "mu"), 5e-4, ("run", "vae", "L_PPO")),  # L_PPO
     "joint": Mode(POLICY + VAE, 1e-3, ("run", "kappa", "L_VAE", "L_PPO")),  # eq. 3
 }
 
