@@ -5,8 +5,8 @@
     python vae_ppo.py --mode fixed --vae runs/Breakout-pretrain-seed1/checkpoint.pt
     python vae_ppo.py --mode adapt --vae runs/Breakout-pretrain-seed1/checkpoint.pt
 
-A VAE that is trained alone on Atari Breakout leaves out the ball, so no policy can play
-from its latent space. Policy gradients that are sent through the encoder put it back.
+A VAE that is trained alone on Atari Breakout leaves out the ball, so a policy that sees only
+its latent space hardly scores. Policy gradients through the encoder put the ball back.
 
     x            a frame, grey, uint8
     mu, logvar   mean and log-variance of q(z|x), the encoder's answer to one frame
@@ -59,7 +59,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "repeat_action_probability", 0.0, SHARE, "sticky actions (paper)"),
     ("run", "env_threads", 0, WEIGHT, "threads of the emulator; 0: one for each core"),
     ("run", "latent_dim", 20, COUNT, "numbers in z (authors)"),
-    ("frames", "policy", "", None, "checkpoint of the player; if not given, chance"),
+    ("frames", "policy", "", None, "checkpoint of who plays; without it, random actions"),
     ("frames", "num_frames", 25_000, COUNT, "frames to learn from (paper)"),
     ("frames", "vae_epochs", 20, COUNT, "passes over these frames"),
     ("vae", "vae", "", None, "checkpoint of the pretrained VAE"),
@@ -103,13 +103,13 @@ def parse_args(argv=None):
         value = getattr(args, name)
         if group not in mode.flags and value != default:
             parser.error(f"--mode {args.mode} does not use {name}")
-        if limits and not limits[0] <= value <= limits[1]:  # as NaN is not
+        if limits and not limits[0] <= value <= limits[1]:  # NaN is outside, too
             parser.error(f"{name} must be from {limits[0]} to {limits[1]:g}, not {value}")
     if "vae" in mode.flags and not args.vae:
         parser.error(f"--mode {args.mode} needs --vae, a checkpoint of --mode pretrain")
     segments = args.num_steps // args.segment_length * args.num_envs
     if args.num_steps % args.segment_length or segments % args.num_minibatches:
-        parser.error("segment_length must divide num_steps, num_minibatches the segments")
+        parser.error("segment_length must divide num_steps, and num_minibatches the segments")
     args.learning_rate = args.learning_rate or mode.learning_rate
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)  # processes, by torchrun
     args.batch_size = args.num_steps * args.num_envs * args.world_size
@@ -284,11 +284,11 @@ def minibatch_loss(agent, buffer, segments, args):
     l_ppo, metrics = ppo_loss(logits, value, mb, args)
     if "decoder" not in networks:
         return l_ppo, metrics
-    steps = slice(agent.num_stack - 1, None)  # the first C frames complete the stacks
-    mu_vae = mu[steps]  # where the gradient of L_VAE alone arrives
-    l_vae, vae_metrics = vae_loss(agent, frames[steps], mu_vae, logvar[steps], args)
+    C = buffer.C  # these frames only complete the stacks
+    mu_vae = mu[C:]  # where the gradient of L_VAE alone arrives
+    l_vae, vae_metrics = vae_loss(agent, frames[C:], mu_vae, logvar[C:], args)
     metrics.update(vae_metrics)
-    # The backward pass measures both gradients where they are merged, at U
+    # The backward pass measures both gradients where they meet: at mu, of which U is made
     mu_ppo.register_hook(lambda g: metrics.update({"grad/ppo_at_U": g.norm() / args.kappa}))
     mu_vae.register_hook(lambda g: metrics.update({"grad/vae_at_U": g.norm()}))
     return args.kappa * l_ppo + l_vae, metrics  # L_joint, eq. 3
@@ -342,7 +342,7 @@ class Games:
 
 
 def draw_seeds(args, rank, global_step):
-    """Seed torch. Returns seeds of games (N,): no other run, process or start has them."""
+    """Seed torch. Returns seeds of games (N,), other ones for each seed, rank and start."""
     sequence = np.random.SeedSequence([args.seed, rank, global_step])
     *seeds, torch_seed = (sequence.generate_state(args.num_envs + 1) >> 1).tolist()
     torch.manual_seed(torch_seed)

@@ -25,7 +25,7 @@ VAE = "experiments/weights/pretrain-seed1.pt"
 MODELS = {
     "fixed": f"vae_ppo.py --mode fixed --vae {VAE}",
     "adapt": f"vae_ppo.py --mode adapt --vae {VAE}",
-    "plain-ppo": "vae_ppo.py --mode joint --kappa 1e6",  # hardly any VAE
+    "joint-kappa1e6": "vae_ppo.py --mode joint --kappa 1e6",  # plain PPO: hardly any VAE
     "untrained": "vae_ppo.py --mode pretrain --num-frames 16 --vae-epochs 1 --learning-rate 1e-30",
     "fixed-untrained": "vae_ppo.py --mode fixed --vae runs/Breakout-untrained-seed%/checkpoint.pt",
 }
