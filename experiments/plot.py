@@ -96,7 +96,8 @@ def draw_dose(figure):
     left.set_ylabel("score of fixed after 1M steps")
     right.set_ylabel("R$^2$ of the ball's place, read from the VAE's mu")
     for axes in (left, right):
-        axes.set(xticks=[1, 2, 3, 4], xlabel="width and height of the ball, times its own", ylim=0)
+        axes.set(xticks=[1, 2, 3, 4], xlim=(0.6, 4.4), ylim=0)
+        axes.set_xlabel("width and height of the ball, times its own")
         axes.spines[["top", "right"]].set_visible(False)
 
 
