@@ -31,7 +31,7 @@ def read_scores(model):
     """For each seed an array, whose rows are steps and scores."""
     seeds = []
     for path in sorted(RESULTS.glob(f"{model}-seed*.csv")):
-        rows = list(csv.DictReader(path.open()))
+        rows = csv.DictReader(path.open())
         pairs = [(row["global_step"], row["charts/episodic_return"] or "nan") for row in rows]
         pairs = np.array(pairs, dtype=float)
         seeds.append(pairs[np.isfinite(pairs[:, 1])].T)  # from the first whole game on
@@ -82,17 +82,14 @@ def draw_probe(figure):
 
 
 def draw_dose(figure):
-    probed = [
-        row for row in csv.DictReader((RESULTS / "probe.csv").open()) if "vae-ball" in row["run"]
-    ]
+    rows = list(csv.DictReader((RESULTS / "probe.csv").open()))
     left, right = figure.subplots(1, 2)
     for size in (1, 2, 3, 4):
         scores = [seed[1, -1] for seed in read_scores(f"fixed-ball{size}-1M")]
-        left.plot([size] * len(scores), scores, "C0o", alpha=0.5)
-        left.plot(size, np.median(scores), "C0_", markersize=25)
-        r2 = [float(row["r2"]) for row in probed if row["ball_size"] == str(size)]
-        right.plot([size] * len(r2), r2, "C1o", alpha=0.5)
-        right.plot(size, np.median(r2), "C1_", markersize=25)
+        r2 = [float(row["r2"]) for row in rows if f"-vae-ball{size}-" in row["run"]]
+        for axes, values, color in ((left, scores, "C0"), (right, r2, "C1")):
+            axes.plot([size] * len(values), values, f"{color}o", alpha=0.5)
+            axes.plot(size, np.median(values), f"{color}_", markersize=25)
     left.set_ylabel("score of fixed after 1M steps")
     right.set_ylabel("R$^2$ of the ball's place, read from the VAE's mu")
     for axes in (left, right):
@@ -124,8 +121,9 @@ def draw_overview(guided, figure):
 
 
 def figures(options):
-    drawers = {"learning_curves": partial(draw_scores, FIG3), "kappa": partial(draw_scores, FIG5)}
-    drawers |= {
+    drawers = {
+        "learning_curves": partial(draw_scores, FIG3),
+        "kappa": partial(draw_scores, FIG5),
         "probe": draw_probe,
         "dose": draw_dose,
         "overview": partial(draw_overview, options.guided),

@@ -95,7 +95,7 @@ if __name__ == "__main__":
         learns_policy = "--mode pretrain" not in flags
         length = f"-{options.steps}" if learns_policy else ""
         flags += f" --total-timesteps {steps}" if learns_policy else ""
-        game = "" if model.startswith(("Pong", "Boxing")) else "Breakout-"
+        game = "" if "--env-id" in flags else "Breakout-"  # other games are in the model's name
         jobs[f"{game}{model}{length}-seed{seed}"] = flags
     with ThreadPoolExecutor(options.processes) as pool:
         codes = pool.map(lambda name: run(name, jobs[name], options.threads), jobs)
