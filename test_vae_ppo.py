@@ -116,14 +116,14 @@ def spy(monkeypatch, name, before):
 # ---- Arguments ----
 BAD = [  # flags, and words of the sentence
     ("--mode fixed", "--vae pretrain"),
-    ("--mode joint --learning-rate -1", "learning_rate -1"),
-    ("--mode joint --kappa 0", "kappa 1e-06"),
-    ("--mode joint --gamma 1.5", "gamma 1.5"),
-    ("--mode joint --gae-lambda 1.01", "gae_lambda 1.01"),
-    ("--mode joint --clip-coef nan", "clip_coef nan"),
-    ("--mode joint --num-envs 0", "num_envs 0"),
-    ("--mode joint --num-steps 100 --num-minibatches 2", "segment_length num_steps"),
-    ("--mode joint --total-timesteps 2047", "total_timesteps 2048"),
+    ("--mode joint --learning-rate -1", "--learning-rate -1"),
+    ("--mode joint --kappa 0", "--kappa 1e-06"),
+    ("--mode joint --gamma 1.5", "--gamma 1.5"),
+    ("--mode joint --gae-lambda 1.01", "--gae-lambda 1.01"),
+    ("--mode joint --clip-coef nan", "--clip-coef nan"),
+    ("--mode joint --num-envs 0", "--num-envs 0"),
+    ("--mode joint --num-steps 100 --num-minibatches 2", "--segment-length --num-steps"),
+    ("--mode joint --total-timesteps 2047", "--total-timesteps 2048"),
     ("--mode joint --run-name none --resume", "runs/none --resume"),
     ("--mode joint --run-name old", "runs/old exists --resume --run-name"),
     ("--mode joint --env-id ALE/Breakot-v5", "Breakot ALE/Breakout-v5"),
@@ -145,7 +145,7 @@ def test_a_new_mode_takes_the_flags_of_its_groups_alone(monkeypatch, capsys):
     """A mode `train` with the flag group "vae" needs --vae, and takes no flag of `pretrain`."""
     monkeypatch.setitem(vae_ppo.MODES, "train", vae_ppo.MODES["fixed"])
     refused("--mode train".split(), capsys, "train", "--vae")
-    refused("--mode train --vae x --num-frames 10".split(), capsys, "train", "num_frames")
+    refused("--mode train --vae x --num-frames 10".split(), capsys, "train", "--num-frames")
 
 
 # ---- Model ----

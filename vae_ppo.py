@@ -46,41 +46,41 @@ from tqdm import tqdm
 # ---- Arguments ----
 COUNT, WEIGHT, SHARE = (1, 1e9), (0, 1e9), (0, 1)
 FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in their code)
-    ("run", "env_id", "ALE/Breakout-v5", None, "any ALE/*-v5 game (paper)"),
+    ("run", "env-id", "ALE/Breakout-v5", None, "any ALE/*-v5 game (paper)"),
     ("run", "seed", 1, WEIGHT, "of weights, actions and games"),
     ("run", "cuda", True, None, "run on the GPU, if there is one"),
-    ("run", "runs_dir", "runs", None, "folder of all runs"),
-    ("run", "run_name", "", None, "folder in it; if not given, made of the flags"),
+    ("run", "runs-dir", "runs", None, "folder of all runs"),
+    ("run", "run-name", "", None, "folder in it; if not given, made of the flags"),
     ("run", "resume", False, None, "go on from the checkpoint, with new games"),
-    ("run", "checkpoint_every", 20, COUNT, "iterations between two checkpoints"),
+    ("run", "checkpoint-every", 20, COUNT, "iterations between two checkpoints"),
     ("run", "track", False, None, "log to Weights & Biases too (pip install wandb)"),
-    ("run", "learning_rate", 0.0, WEIGHT, "of Adam; 0: that of the mode"),
-    ("run", "num_envs", 16, COUNT, "N, games at once (authors)"),
-    ("run", "repeat_action_probability", 0.0, SHARE, "sticky actions (paper)"),
-    ("run", "env_threads", 0, WEIGHT, "threads of the emulator; 0: one for each core"),
-    ("run", "latent_dim", 20, COUNT, "numbers in z (authors)"),
+    ("run", "learning-rate", 0.0, WEIGHT, "of Adam; 0: that of the mode"),
+    ("run", "num-envs", 16, COUNT, "N, games at once (authors)"),
+    ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper)"),
+    ("run", "env-threads", 0, WEIGHT, "threads of the emulator; 0: one for each core"),
+    ("run", "latent-dim", 20, COUNT, "numbers in z (authors)"),
     ("frames", "policy", "", None, "checkpoint of who plays; without it, random actions"),
-    ("frames", "num_frames", 25_000, COUNT, "frames to learn from (paper)"),
-    ("frames", "vae_epochs", 20, COUNT, "passes over these frames"),
+    ("frames", "num-frames", 25_000, COUNT, "frames to learn from (paper)"),
+    ("frames", "vae-epochs", 20, COUNT, "passes over these frames"),
     ("vae", "vae", "", None, "checkpoint of the pretrained VAE"),
     ("kappa", "kappa", 20.0, (1e-6, 1e9), "weight of L_PPO (paper's best)"),
     ("L_VAE", "beta", 1.0, WEIGHT, "weight of the KL in L_VAE (paper)"),
-    ("L_PPO", "total_timesteps", 10_000_000, COUNT, "steps of 4 game frames each (paper)"),
-    ("L_PPO", "anneal_lr", True, None, "learning rate falls linearly to 0 (authors)"),
-    ("L_PPO", "num_steps", 128, COUNT, "T, steps of a rollout (authors)"),
-    ("L_PPO", "num_stack", 4, COUNT, "frames that the policy sees (paper)"),
-    ("L_PPO", "num_minibatches", 16, COUNT, "minibatches in an epoch"),
-    ("L_PPO", "segment_length", 8, COUNT, "L, consecutive steps in a minibatch"),
-    ("L_PPO", "update_epochs", 4, COUNT, "passes over a rollout (CleanRL)"),
+    ("L_PPO", "total-timesteps", 10_000_000, COUNT, "steps of 4 game frames each (paper)"),
+    ("L_PPO", "anneal-lr", True, None, "learning rate falls linearly to 0 (authors)"),
+    ("L_PPO", "num-steps", 128, COUNT, "T, steps of a rollout (authors)"),
+    ("L_PPO", "num-stack", 4, COUNT, "frames that the policy sees (paper)"),
+    ("L_PPO", "num-minibatches", 16, COUNT, "minibatches in an epoch"),
+    ("L_PPO", "segment-length", 8, COUNT, "L, consecutive steps in a minibatch"),
+    ("L_PPO", "update-epochs", 4, COUNT, "passes over a rollout (CleanRL)"),
     ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
-    ("L_PPO", "gae_lambda", 0.95, SHARE, "lambda of GAE (authors)"),
-    ("L_PPO", "norm_adv", True, None, "normalise advantages in a minibatch (CleanRL)"),
-    ("L_PPO", "clip_coef", 0.1, WEIGHT, "epsilon of J_clip (authors)"),
-    ("L_PPO", "clip_vloss", True, None, "clip the value loss too (authors)"),
-    ("L_PPO", "ent_coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
-    ("L_PPO", "vf_coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
-    ("L_PPO", "max_grad_norm", 0.5, WEIGHT, "longest gradient; 0: any (authors)"),
-    ("L_PPO", "target_kl", 0.015, WEIGHT, "KL that ends an update; 0: none (authors)"),
+    ("L_PPO", "gae-lambda", 0.95, SHARE, "lambda of GAE (authors)"),
+    ("L_PPO", "norm-adv", True, None, "normalise advantages in a minibatch (CleanRL)"),
+    ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip (authors)"),
+    ("L_PPO", "clip-vloss", True, None, "clip the value loss too (authors)"),
+    ("L_PPO", "ent-coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
+    ("L_PPO", "vf-coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
+    ("L_PPO", "max-grad-norm", 0.5, WEIGHT, "longest gradient; 0: any (authors)"),
+    ("L_PPO", "target-kl", 0.015, WEIGHT, "KL that ends an update; 0: none (authors)"),
 ]
 
 
@@ -96,20 +96,20 @@ def parse_args(argv=None):
         kind = {"type": type(default)}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
+        parser.add_argument(f"--{name}", default=default, help=text, **kind)
     args = parser.parse_args(argv)
     mode = MODES[args.mode]
     for group, name, default, limits, _ in FLAGS:
-        value = getattr(args, name)
+        value = getattr(args, name.replace("-", "_"))
         if group not in mode.flags and value != default:
-            parser.error(f"--mode {args.mode} does not use {name}")
+            parser.error(f"--mode {args.mode} does not use --{name}")
         if limits and not limits[0] <= value <= limits[1]:  # NaN is outside, too
-            parser.error(f"{name} must be from {limits[0]} to {limits[1]:g}, not {value}")
+            parser.error(f"--{name} must be from {limits[0]} to {limits[1]:g}, not {value}")
     if "vae" in mode.flags and not args.vae:
         parser.error(f"--mode {args.mode} needs --vae, a checkpoint of --mode pretrain")
     segments = args.num_steps // args.segment_length * args.num_envs
     if args.num_steps % args.segment_length or segments % args.num_minibatches:
-        parser.error("segment_length must divide num_steps, and num_minibatches the segments")
+        parser.error("--segment-length must divide --num-steps, and --num-minibatches the segments")
     args.learning_rate = args.learning_rate or mode.learning_rate
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)  # processes, by torchrun
     args.batch_size = args.num_steps * args.num_envs * args.world_size
@@ -117,13 +117,12 @@ def parse_args(argv=None):
         args.batch_size = args.num_frames * args.world_size
         args.total_timesteps = args.vae_epochs * args.batch_size
     if not 1 <= args.batch_size <= args.total_timesteps:
-        parser.error(f"total_timesteps must be at least {args.batch_size}, an iteration")
-    if not args.run_name:
-        game = args.env_id.split("/")[-1].removesuffix("-v5")
-        kappa = f"-kappa{args.kappa:g}" if "kappa" in mode.flags else ""
-        args.run_name = f"{game}-{args.mode}{kappa}-seed{args.seed}"
+        parser.error(f"--total-timesteps must be at least {args.batch_size}, an iteration")
+    game = args.env_id.split("/")[-1].removesuffix("-v5")
+    kappa = f"-kappa{args.kappa:g}" if "kappa" in mode.flags else ""
+    args.run_name = args.run_name or f"{game}-{args.mode}{kappa}-seed{args.seed}"
     if Path(args.run_name).name != args.run_name or args.run_name == "..":
-        parser.error(f"run_name must name a folder, not {args.run_name}")
+        parser.error(f"--run-name must name a folder, not {args.run_name}")
     folder = Path(args.runs_dir, args.run_name)
     if folder.exists() != args.resume:
         problem = "does not exist: leave out" if args.resume else "exists: add"
@@ -343,10 +342,9 @@ class Games:
 
 def draw_seeds(args, rank, global_step):
     """Seed torch. Returns seeds of games (N,), other ones for each seed, rank and start."""
-    sequence = np.random.SeedSequence([args.seed, rank, global_step])
-    *seeds, torch_seed = (sequence.generate_state(args.num_envs + 1) >> 1).tolist()
-    torch.manual_seed(torch_seed)
-    return np.array(seeds)
+    rng = np.random.default_rng([args.seed, rank, global_step])
+    torch.manual_seed(rng.integers(2**31).item())
+    return rng.integers(2**31, size=args.num_envs)
 
 
 # ---- Rollout and GAE ----
@@ -669,11 +667,10 @@ def write_log(file, tensorboard, row):
     if file.tell() == 0:
         csv.writer(file).writerow(row)
     file.seek(0)
-    columns = file.readline().strip().split(",")
-    file.seek(0, os.SEEK_END)
-    if set(columns) != set(row):
+    if next(csv.reader(file)) != list(row):
         sys.exit(f"\n{file.name} has other columns: choose another --run-name")
-    csv.DictWriter(file, columns).writerow(row)
+    file.seek(0, os.SEEK_END)
+    csv.writer(file).writerow(row.values())
     for name, value in row.items():
         tensorboard.add_scalar(name, value, row["global_step"])
     tensorboard.flush()
