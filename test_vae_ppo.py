@@ -794,7 +794,7 @@ def test_stop_and_resume_go_on_where_they_were(monkeypatch):
             signals.append(signal.SIGTERM)
 
     spy(monkeypatch, "update", before_update)
-    spy(monkeypatch, "Games", lambda *inputs: seeds.extend(inputs[2].tolist()))
+    spy(monkeypatch, "Games", lambda *inputs: seeds.append(inputs[2]))
     argv = tiny("joint", "--total-timesteps 128 --learning-rate 0.004")
     assert run(argv, signals) is None
     saved = load("runs/r")
@@ -807,7 +807,7 @@ def test_stop_and_resume_go_on_where_they_were(monkeypatch):
     assert steps_of("runs/r") == [32, 64, 96, 128]
     assert rates == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
     assert float(rows_of("runs/r")[2]["charts/episodic_return"]) == 3.5
-    assert load("runs/r")["scores"][:2] == [3, 4] and len(set(seeds)) == 4
+    assert load("runs/r")["scores"][:2] == [3, 4] and len(set(seeds)) == 2
 
 
 def resume(source, flags):
@@ -1209,7 +1209,7 @@ def test_the_environment_of_the_readme_plays(monkeypatch):
     exec(code, scope)
     monkeypatch.setattr(vae_ppo, "make_envs", scope["make_envs"])
     args = make_args("joint", "--env-id ALE/Pong-v5 --num-envs 2")
-    games = vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.draw_seeds(args, 0, 0))
+    games = vae_ppo.Games(*vae_ppo.make_envs(args), args.seed)
     for _ in range(1100):  # Pong's first game is over after some 800 to 1 000 steps
         games.step(np.zeros(2, dtype=int))
     assert games.frame.shape == (2, 84, 84) and games.frame.dtype == np.uint8

@@ -14,7 +14,7 @@ its latent space hardly scores. Policy gradients through the encoder put the bal
     U            mu of the last num_stack frames, concatenated: all that the policy sees
     T, N         steps of a rollout, games played at once
     L, B         steps of a segment (a piece of one game), segments of a minibatch
-    C            num_stack - 1: the frames that a first step needs from before it
+    C            num_stack - 1: the earlier frames that the first step of a segment sees
     L_VAE, L_PPO losses of the VAE (eq. 2) and of the policy (eq. 5), which kappa weighs
 """
 
@@ -46,7 +46,7 @@ from tqdm import tqdm
 # ---- Arguments ----
 COUNT, WEIGHT, SHARE = (1, 1e9), (0, 1e9), (0, 1)
 FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in their code)
-    ("run", "env-id", "ALE/Breakout-v5", None, "any ALE/*-v5 game (paper)"),
+    ("run", "env-id", "ALE/Breakout-v5", None, "a game of ale-py (paper: Breakout)"),
     ("run", "seed", 1, WEIGHT, "of weights, actions and games"),
     ("run", "cuda", True, None, "run on the GPU, if there is one"),
     ("run", "runs-dir", "runs", None, "folder of all runs"),
@@ -56,16 +56,16 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "track", False, None, "log to Weights & Biases too (pip install wandb)"),
     ("run", "learning-rate", 0.0, WEIGHT, "of Adam; 0: that of the mode"),
     ("run", "num-envs", 16, COUNT, "N, games at once (authors)"),
-    ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper)"),
+    ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper: none)"),
     ("run", "env-threads", 0, WEIGHT, "threads of the emulator; 0: one for each core"),
     ("run", "latent-dim", 20, COUNT, "numbers in z (authors)"),
-    ("frames", "policy", "", None, "checkpoint of who plays; without it, random actions"),
+    ("frames", "policy", "", None, "checkpoint of the player; without it, random actions"),
     ("frames", "num-frames", 25_000, COUNT, "frames to learn from (paper)"),
     ("frames", "vae-epochs", 20, COUNT, "passes over these frames"),
     ("vae", "vae", "", None, "checkpoint of the pretrained VAE"),
     ("kappa", "kappa", 20.0, (1e-6, 1e9), "weight of L_PPO (paper's best)"),
     ("L_VAE", "beta", 1.0, WEIGHT, "weight of the KL in L_VAE (paper)"),
-    ("L_PPO", "total-timesteps", 10_000_000, COUNT, "steps of 4 game frames each (paper)"),
+    ("L_PPO", "total-timesteps", 10_000_000, COUNT, "steps of 4 game frames (paper)"),
     ("L_PPO", "anneal-lr", True, None, "learning rate falls linearly to 0 (authors)"),
     ("L_PPO", "num-steps", 128, COUNT, "T, steps of a rollout (authors)"),
     ("L_PPO", "num-stack", 4, COUNT, "frames that the policy sees (paper)"),
@@ -75,7 +75,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
     ("L_PPO", "gae-lambda", 0.95, SHARE, "lambda of GAE (authors)"),
     ("L_PPO", "norm-adv", True, None, "normalise advantages in a minibatch (CleanRL)"),
-    ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip (authors)"),
+    ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip (authors: at first)"),
     ("L_PPO", "clip-vloss", True, None, "clip the value loss too (authors)"),
     ("L_PPO", "ent-coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
     ("L_PPO", "vf-coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
@@ -186,14 +186,14 @@ class Agent(nn.Module):
 
 
 def stack_features(mu, stack):
-    """U (..., N, num_stack * latent_dim): mu (rows, N, latent_dim) at the rows `stack`."""
+    """U (..., N, num_stack * latent_dim): mu (rows, N, latent_dim) at stack (..., N, num_stack)."""
     game = torch.arange(mu.shape[1], device=mu.device)[:, None]
     return mu[stack, game].flatten(-2)
 
 
 # ---- Losses ----
 def vae_loss(agent, frames, mu, logvar, args):
-    """L_VAE and metrics: sums over pixels and latents, means over frames (..., 84, 84)."""
+    """L_VAE and metrics: sums over pixels and latents, means of frames (..., 84, 84)."""
     z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
     logits = agent.decoder(z)
     nats = F.binary_cross_entropy_with_logits(logits, frames / 255, reduction="sum")
@@ -244,7 +244,7 @@ def ppo_loss(logits, value, mb, args):
 VAE = ("encoder", "mu", "logvar", "decoder")
 POLICY = ("trunk", "actor", "critic")
 Mode = namedtuple("Mode", "networks learning_rate flags")  # flags: groups of FLAGS
-MODES = {  # Adam trains the networks; with "vae" they start as a pretrained VAE's
+MODES = {  # Adam trains the networks; where --vae is a flag, the VAE starts as that one
     "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE, eq. 2
     "fixed": Mode(POLICY, 1e-3, ("run", "vae", "L_PPO")),  # L_PPO, eq. 5, frozen encoder
     "adapt": Mode((*POLICY, "encoder", "mu"), 5e-4, ("run", "vae", "L_PPO")),  # L_PPO
@@ -283,7 +283,7 @@ def minibatch_loss(agent, buffer, segments, args):
     l_ppo, metrics = ppo_loss(logits, value, mb, args)
     if "decoder" not in networks:
         return l_ppo, metrics
-    C = buffer.C  # these frames only complete the stacks
+    C = buffer.C  # the first C frames only complete the stacks
     mu_vae = mu[C:]  # where the gradient of L_VAE alone arrives
     l_vae, vae_metrics = vae_loss(agent, frames[C:], mu_vae, logvar[C:], args)
     metrics.update(vae_metrics)
@@ -317,8 +317,8 @@ class Games:
     """N games. The step after any `done` is a reset row, which belongs to no episode: after
     a lost life it serves, after a game over it shows the new game's first frame."""
 
-    def __init__(self, envs, serve, seeds, scores=()):
-        obs, info = envs.reset(seed=seeds)
+    def __init__(self, envs, serve, seed, scores=()):
+        obs, info = envs.reset(seed=seed)  # game n has seed + n
         self.envs = envs
         self.serve = serve
         self.frame = obs[:, 0]  # (N, 84, 84) uint8, the newest
@@ -340,13 +340,6 @@ class Games:
         return self.frame, reward, terminated, truncated
 
 
-def draw_seeds(args, rank, global_step):
-    """Seed torch. Returns seeds of games (N,), other ones for each seed, rank and start."""
-    rng = np.random.default_rng([args.seed, rank, global_step])
-    torch.manual_seed(rng.integers(2**31).item())
-    return rng.integers(2**31, size=args.num_envs)
-
-
 # ---- Rollout and GAE ----
 class Buffer:
     """T steps of N games.
@@ -362,7 +355,7 @@ class Buffer:
         with torch.device(device):
             self.frames = torch.zeros(rows, N, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8)
             self.mu = torch.zeros(rows, N, agent.mu.out_features)
-            self.stack = torch.full((T + 1, N, agent.num_stack), self.C + T)  # a first frame's
+            self.stack = torch.full((T + 1, N, agent.num_stack), rows - 1)  # see rollout
             self.reset_row = torch.zeros(T + 1, N, dtype=torch.bool)
             self.terminated = torch.zeros(T, N, dtype=torch.bool)
             self.actions = torch.zeros(T, N, dtype=torch.long)
@@ -374,7 +367,7 @@ class Buffer:
 
 
 def act(agent, buffer, t):
-    """Step t on the device: encode the newest frame, evaluate the policy, draw actions."""
+    """Step t on the device: encode the newest frame, evaluate pi and V, draw actions."""
     row = buffer.C + t
     if t > 0:
         buffer.stack[t, :, :-1] = buffer.stack[t - 1, :, 1:]
@@ -394,7 +387,7 @@ def rollout(agent, games, buffer):
     C, T = buffer.C, buffer.T
     buffer.frames[:C] = buffer.frames[T : T + C].clone()  # the last rollout's end
     buffer.frames[C] = torch.from_numpy(games.frame)
-    buffer.stack[0] = buffer.stack[T] - T
+    buffer.stack[0] = buffer.stack[T] - T  # in the first rollout: row C, num_stack times
     buffer.reset_row[0] = buffer.reset_row[T]
     buffer.mu[:C], _ = agent.encode(buffer.frames[:C])  # with the new weights
     for t in range(T):
@@ -433,11 +426,11 @@ def gather(buffer, segments, L):
     first = segments // buffer.N * L  # step (B,)
     game = segments % buffer.N
     rows = first + torch.arange(buffer.C + L, device=segments.device)[:, None]
-    t = rows[:L]  # (L, B)
+    t = rows[:L]  # steps (L, B): step t sees some of the rows from t to C + t
     names = ("actions", "logits", "values", "advantages", "returns", "reset_row")
     return {name: getattr(buffer, name)[t, game] for name in names} | {
         "rows": (rows, game),  # of frames and mu, (C + L, B)
-        "stack": buffer.stack[t, game] - first[:, None],  # from the first row on
+        "stack": buffer.stack[t, game] - first[:, None],  # (L, B, num_stack)
     }
 
 
@@ -534,11 +527,10 @@ def start_process(args):
     device = torch.device("cuda" if use_cuda else "cpu")
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if args.world_size == 1:
-        return device, 0
-    dist.init_process_group("nccl" if use_cuda else "gloo")
-    dist.barrier()  # all have looked for the run's folder before it is made
-    return device, dist.get_rank()
+    if args.world_size > 1:
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+        dist.barrier()  # all have looked for the run's folder before it is made
+    return device, dist.get_rank() if args.world_size > 1 else 0
 
 
 def train(args, signals=()):
@@ -550,31 +542,32 @@ def train(args, signals=()):
     envs, serve = make_envs(args)
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
     global_step, scores, log_size = restore(agent, optimizer, args, folder)
-    games = Games(envs, serve, draw_seeds(args, rank, global_step), scores)
+    rng = np.random.default_rng([args.seed, rank, global_step])  # resumed: new games
+    seed = int(rng.integers(2**30))
+    torch.manual_seed(seed)
+    games = Games(envs, serve, seed, scores)
     total, batch = args.total_timesteps, args.batch_size
     steps = range(global_step, total - batch + 1, batch)  # at which the iterations begin
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
     bar = tqdm(total=total, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
     learn = learn_vae if args.mode == "pretrain" else learn_policy
-    clock = time.perf_counter()
+    start = time.perf_counter()
     for metrics in learn(agent, optimizer, games, args, steps):
         if not math.isfinite(metrics["grad/norm"]):  # in all processes at once
             sys.exit(f"\ngrad/norm is {metrics['grad/norm']}: lower --learning-rate")
         stop = mean_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
         global_step += batch
         if rank == 0:
-            seconds = time.perf_counter() - clock
-            clock += seconds
             charts = {
                 "global_step": global_step,
                 "charts/episodic_return": np.mean(games.scores or math.nan),
-                "charts/SPS": round(batch / seconds),
+                "charts/SPS": (global_step - steps[0]) / (time.perf_counter() - start),
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
             }
             write_log(file, tensorboard, charts | metrics)
-            last = stop or global_step > steps[-1]
-            if last or global_step // batch % args.checkpoint_every == 0:
+            at_end = stop or global_step > steps[-1]
+            if at_end or global_step // batch % args.checkpoint_every == 0:
                 progress = {"scores": list(games.scores), "log_size": file.tell()}
                 progress |= {"global_step": global_step, "args": vars(args)}
                 save_checkpoint(folder, agent, optimizer, progress)
@@ -650,7 +643,7 @@ def open_log(args, folder, size, global_step):
         import wandb  # not among the requirements
 
         wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / "lock")  # held until the process ends
     try:
         lock.acquire(blocking=False)
     except OSError as error:

@@ -70,7 +70,7 @@ def iterate(name, flags):
     args = vae_ppo.parse_args(f"--mode {mode} --target-kl 0 --run-name unused {flags}".split())
     args.vae = ""  # weights that nothing has trained are as fast
     device, _ = vae_ppo.start_process(args)
-    games = vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.draw_seeds(args, 0, 0))
+    games = vae_ppo.Games(*vae_ppo.make_envs(args), args.seed)
     agent, optimizer = vae_ppo.make_agent(args, 4, device)
     learn = vae_ppo.learn_policy(agent, optimizer, games, args, itertools.repeat(0))
     if name == "emulator":

@@ -32,8 +32,9 @@ def load(path, **settings):
 
 
 def new_games(args, num_envs, seed):
-    args = Namespace(**vars(args) | {"num_envs": num_envs, "seed": seed, "env_threads": 0})
-    return vae_ppo.Games(*vae_ppo.make_envs(args), vae_ppo.draw_seeds(args, 0, 0))
+    args = Namespace(**vars(args) | {"num_envs": num_envs, "env_threads": 0})
+    torch.manual_seed(seed)
+    return vae_ppo.Games(*vae_ppo.make_envs(args), seed)
 
 
 def find_balls(frames):
