@@ -98,24 +98,28 @@ def draw_dose(figure):
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_overview(guided, figure):
+def draw_overview(figure):
+    """The finding in one picture. Draws guided.png, too."""
     args, joint = evaluate.load(HERE / "weights/joint-kappa20-10M-seed1.pt")
     _, vae = evaluate.load(HERE / "weights/pretrain-seed1.pt")
+    _, guided = evaluate.load(HERE / "weights/guide0.9-kappa1000-1M-seed1.pt")
     stacks, balls, rows = evaluate.watch(joint, args, 1, 2000, evaluate.SEED + 1)
-    some = rows[[3 * len(rows) // 5]]
-    newest = stacks[some, -1]
+    six = rows[torch.linspace(0, len(rows) - 1, 6).long()]
+    frames = stacks[six, -1]
+    pictures = {"frame": frames / 255}
+    for name, agent in {"VAE alone": vae, "joint": joint, "guided": guided}.items():
+        pictures[name] = evaluate.decode(agent, frames)
+    evaluate.draw(HERE / "guided.png", pictures, balls[six])
     cells = {
-        "A frame: the ball\nis in the circle.": newest / 255,
-        "The VAE, trained alone,\nleaves the ball out.": evaluate.decode(vae, newest),
-        "The value of joint looks\nat the blue pixels.": evaluate.colour_value(joint, stacks[some]),
+        "A frame: the ball\nis in the circle.": pictures["frame"],
+        "The VAE, trained alone,\nleaves the ball out.": pictures["VAE alone"],
+        "The value of joint looks\nat the blue pixels.": evaluate.colour_value(joint, stacks[six]),
+        "A guided decoder\ndraws the ball.": pictures["guided"],
     }
-    if guided:
-        _, guided = evaluate.load(guided)
-        cells["The guided decoder\ndraws the ball."] = evaluate.decode(guided, newest)
-    figure.set_figheight(6.6)
+    figure.set_figheight(6.2)
     top, bottom = figure.subfigures(2, height_ratios=[1, 1.2])
     for axes, title in zip(top.subplots(1, len(cells)), cells, strict=True):
-        evaluate.show(axes, cells[title][0], balls[some[0]])
+        evaluate.show(axes, cells[title][2], balls[six[2]])
         axes.set_title(title, fontsize=11)
     draw_scores(FIG3, bottom)
 
@@ -126,7 +130,7 @@ def figures(options):
         "kappa": partial(draw_scores, FIG5),
         "probe": draw_probe,
         "dose": draw_dose,
-        "overview": partial(draw_overview, options.guided),
+        "overview": draw_overview,
     }
     for name, draw in drawers.items():
         figure = Figure(figsize=(8.5, 4.5), layout="constrained")
@@ -152,10 +156,12 @@ def table(options):
 def publish(options):
     for folder in options.folders:
         name = folder.name.removeprefix("Breakout-")
-        header, *rows = (folder / "metrics.csv").read_text().splitlines()
+        header, *rows = csv.reader((folder / "metrics.csv").open())
         every = max(1, len(rows) // 500)
-        thinned = [header, *rows[(len(rows) - 1) % every :: every]]  # the last row stays
-        (RESULTS / f"{name}.csv").write_text("\n".join(thinned) + "\n")
+        thinned = rows[(len(rows) - 1) % every :: every]  # the last row stays
+        short = [[x if x.isdigit() else f"{float(x or 'nan'):.5g}" for x in row] for row in thinned]
+        lines = [",".join(row) + "\n" for row in [header, *short]]
+        (RESULTS / f"{name}.csv").write_text("".join(lines))
         if (facts := Path("watched", folder.name, "eval.json")).exists():
             (RESULTS / f"{name}.json").write_text(facts.read_text())
         if options.weights:
@@ -171,8 +177,7 @@ if __name__ == "__main__":
     add = commands.add_parser("publish", help="copy what runs have made to results/").add_argument
     add("folders", nargs="+", type=Path, help="of the runs, like runs/Breakout-adapt-10M-seed1")
     add("--weights", action="store_true", help="copy their weights to weights/, in half precision")
-    add = commands.add_parser("figures", help="draw the pictures of the READMEs").add_argument
-    add("--guided", type=Path, help="checkpoint with a guided decoder, for overview")
+    commands.add_parser("figures", help="draw the pictures of the READMEs")
     add = commands.add_parser("table", help="print scores in Markdown").add_argument
     add("models", nargs="*", default=FIG3 | FIG5, help="like adapt-10M; if not given, all of both")
     options = parser.parse_args()
