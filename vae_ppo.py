@@ -578,24 +578,6 @@ def train(args, signals=()):
             break
 
 
-def main():
-    """The program. The first Ctrl-C has it save and end, a second one ends it at once."""
-    signals = []
-
-    def catch(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        with suppress(OSError):  # the terminal may be gone
-            print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
-
-    args = parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, catch)
-    train(args, signals)
-    sys.exit(128 + signals[0] if signals else 0)
-
-
 # ---- Checkpoint and log ----
 def load_checkpoint(path, args, *names):
     """A checkpoint that was made with args' settings `names`. Executes nothing of it."""
@@ -667,6 +649,25 @@ def write_log(file, tensorboard, row):
     for name, value in row.items():
         tensorboard.add_scalar(name, value, row["global_step"])
     tensorboard.flush()
+
+
+# ---- Main ----
+def main():
+    """The program. The first Ctrl-C has it save and end, a second one ends it at once."""
+    signals = []
+
+    def catch(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        with suppress(OSError):  # the terminal may be gone
+            print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
+
+    args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, catch)
+    train(args, signals)
+    sys.exit(128 + signals[0] if signals else 0)
 
 
 if __name__ == "__main__":
