@@ -106,12 +106,11 @@ def draw_overview(figure):
     stacks, balls, rows = evaluate.watch(joint, args, 1, 2000, evaluate.SEED + 1)
     six = rows[torch.linspace(0, len(rows) - 1, 6).long()]
     frames = stacks[six, -1]
-    pictures = {"frame": frames / 255}
-    for name, agent in {"VAE alone": vae, "joint": joint, "guided": guided}.items():
-        pictures[name] = evaluate.decode(agent, frames)
-    evaluate.draw(HERE / "guided.png", pictures, balls[six])
+    agents = {"VAE alone": vae, "joint": joint, "guided": guided}
+    pictures = {name: evaluate.decode(agent, frames) for name, agent in agents.items()}
+    evaluate.draw(HERE / "guided.png", {"frame": frames / 255} | pictures, balls[six])
     cells = {
-        "A frame: the ball\nis in the circle.": pictures["frame"],
+        "A frame: the ball\nis in the circle.": frames / 255,
         "The VAE, trained alone,\nleaves the ball out.": pictures["VAE alone"],
         "The value of joint looks\nat the blue pixels.": evaluate.colour_value(joint, stacks[six]),
         "A guided decoder\ndraws the ball.": pictures["guided"],
