@@ -121,7 +121,7 @@ BAD = [  # flags, and words of the sentence
     ("--mode joint --gamma 1.5", "--gamma 1.5"),
     ("--mode joint --gae-lambda 1.01", "--gae-lambda 1.01"),
     ("--mode joint --clip-coef nan", "--clip-coef nan"),
-    ("--mode joint --num-envs 0", "--num-envs 0"),
+    ("--mode joint --num-envs 5000 --total-timesteps 1", "--num-envs 4096"),
     ("--mode joint --num-steps 100 --num-minibatches 2", "--segment-length --num-steps"),
     ("--mode joint --total-timesteps 2047", "--total-timesteps 2048"),
     ("--mode joint --run-name none --resume", "runs/none --resume"),

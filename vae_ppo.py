@@ -55,7 +55,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "checkpoint-every", 20, COUNT, "iterations between two checkpoints"),
     ("run", "track", False, None, "log to Weights & Biases too (pip install wandb)"),
     ("run", "learning-rate", 0.0, WEIGHT, "of Adam; 0: that of the mode"),
-    ("run", "num-envs", 16, COUNT, "N, games at once (authors)"),
+    ("run", "num-envs", 16, (1, 4096), "N, games at once (authors)"),
     ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper: none)"),
     ("run", "env-threads", 0, WEIGHT, "threads of the emulator; 0: one for each core"),
     ("run", "latent-dim", 20, COUNT, "numbers in z (authors)"),
