@@ -21,14 +21,14 @@ import torch
 
 stopped = threading.Event()
 PLAYER = "experiments/weights/joint-kappa20-10M-seed1.pt"  # plays the frames of other VAEs
-VAE = "experiments/weights/pretrain-seed1.pt"
+UNTRAINED = "runs/Breakout-untrained-seed%/checkpoint.pt"  # an encoder that never learnt
 MODELS = {
-    "fixed": f"vae_ppo.py --mode fixed --vae {VAE}",
-    "adapt": f"vae_ppo.py --mode adapt --vae {VAE}",
     "joint-kappa1e6": "vae_ppo.py --mode joint --kappa 1e6",  # plain PPO: hardly any VAE
     "untrained": "vae_ppo.py --mode pretrain --num-frames 16 --vae-epochs 1 --learning-rate 1e-30",
-    "fixed-untrained": "vae_ppo.py --mode fixed --vae runs/Breakout-untrained-seed%/checkpoint.pt",
 }
+for mode in ("fixed", "adapt"):
+    MODELS[mode] = f"vae_ppo.py --mode {mode} --vae experiments/weights/pretrain-seed1.pt"
+    MODELS[f"{mode}-untrained"] = f"vae_ppo.py --mode {mode} --vae {UNTRAINED}"
 for kappa in (1, 10, 20, 100, 1000, 10_000):
     MODELS[f"joint-kappa{kappa}"] = f"vae_ppo.py --mode joint --kappa {kappa}"
     for guide in (0.25, 0.5, 0.75, 0.9):  # these want `git apply experiments/guided.patch` first
