@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 import vae_ppo
 from experiments import large_ball
 
-BREAKOUT = "ALE/Breakout-v5"
+# Where nothing but the ball moves: top, bottom, left, right, margins of y and x
+FIELDS = {"ALE/Breakout-v5": (38, 75, 4, 80, 3, 0), "ALE/Pong-v5": (14, 77, 11, 73, 0, 4)}
 SEED = 1000  # of the games
 
 
@@ -37,14 +38,15 @@ def new_games(args, num_envs, seed):
     return vae_ppo.Games(*vae_ppo.make_envs(args), seed)
 
 
-def find_balls(frames):
-    """x and y of the ball (B, 2), to 2 pixels, where it is alone: between bricks and paddle."""
-    field = frames[:, 38:75, 5:79].float()
-    x = field.sum(1) @ torch.arange(5.0, 79) / field.sum((1, 2))  # 0 / 0 is NaN
-    y = field.sum(2) @ torch.arange(38.0, 75) / field.sum((1, 2))
-    balls = torch.stack([x, y], dim=1)
-    balls[(y < 41) | (y > 72)] = torch.nan  # a part of it may be outside
-    return balls
+def find_balls(frames, env_id):
+    """x and y of the ball (B, 2), to 2 pixels; NaN where it may not be whole or not alone."""
+    top, bottom, left, right, dy, dx = FIELDS.get(env_id, (0, 84, 0, 84, 84, 84))  # never
+    field = frames[:, top:bottom, left + 1 : right - 1].float()
+    field -= field.amin((1, 2), keepdim=True)
+    x = field.sum(1) @ torch.arange(left + 1, right - 1).float() / field.sum((1, 2))  # 0 / 0 is NaN
+    y = field.sum(2) @ torch.arange(top, bottom).float() / field.sum((1, 2))
+    whole = (y - top >= dy) & (bottom - y >= dy) & (x - left >= dx) & (right - x >= dx)
+    return torch.stack([x, y], dim=1).where(whole[:, None], torch.nan)
 
 
 def watch(player, args, num_envs, steps, seed=SEED):
@@ -52,7 +54,7 @@ def watch(player, args, num_envs, steps, seed=SEED):
     buffer = vae_ppo.Buffer(player, steps, num_envs, "cpu")
     vae_ppo.rollout(player, new_games(args, num_envs, seed), buffer)
     stacks = buffer.frames[buffer.stack[:-1], torch.arange(num_envs)[:, None]].flatten(0, 1)
-    balls = find_balls(stacks[:, -1])
+    balls = find_balls(stacks[:, -1], args.env_id)
     return stacks, balls, balls[:, 0].isfinite().nonzero()[:, 0]
 
 
@@ -83,7 +85,7 @@ def show(axes, picture, ball):
 def draw(path, rows, balls, crosses=None):
     """A row for each {label: pictures}, and a column for each ball."""
     figure = Figure((8.5, 0.3 + 8.5 * len(rows) / len(balls)), layout="constrained")
-    for row, label in zip(figure.subplots(len(rows), len(balls)), rows, strict=True):
+    for row, label in zip(figure.subplots(len(rows), len(balls), squeeze=False), rows, strict=True):
         row[0].set_ylabel(label, fontsize=11 if crosses else 8)
         for number, cell in enumerate(row):
             show(cell, rows[label][number], balls[number])
@@ -121,8 +123,7 @@ def play(options):
     facts = {"global_step": args.global_step, "mean": scores.mean(), "interval": [low, high]}
     (folder / "eval.json").write_text(json.dumps(facts | {"scores": scores.tolist()}) + "\n")
     stacks, balls, rows = watch(agent, args, 1, 2000, SEED + 1)
-    if args.env_id != BREAKOUT or not len(rows):
-        balls[:] = torch.nan
+    if not len(rows):
         rows = torch.arange(len(stacks))
     some = rows[torch.linspace(0, len(rows) - 1, 6).long()]
     start = balls[:, 0].isfinite().float().unfold(0, 150, 1).mean(1).argmax()  # most balls
@@ -162,23 +163,23 @@ def read_balls(agent, frames, balls, parts):
 
 def probe(options):
     """A row of a CSV for each checkpoint. Learns from 12 games, stops by 4, and tests on 4."""
-    settings, player = load(options.policy or options.checkpoints[-1], env_id=BREAKOUT)
+    settings, player = load(options.policy or options.checkpoints[-1])
     stacks, balls, rows = watch(player, settings, 20, options.frames // 20)
     frames, balls, part = stacks[rows, -1], balls[rows], rows % 20 % 5
-    parts = [x.nonzero()[:, 0] for x in (part < 3, part == 3, part == 4)]
-    *_, test = parts
+    _, _, test = parts = [x.nonzero()[:, 0] for x in (part < 3, part == 3, part == 4)]
     if min(len(x) for x in parts) < 10:
-        sys.exit(f"the ball is in {len(rows)} frames, which are too few: raise --frames")
+        sys.exit(f"{len(rows)} frames of {settings.env_id} have the ball: too few, raise --frames")
     large_ball.paint(frames.numpy(), options.ball)  # in place
     erased = frames.clone()
-    erased[:, 38:75, 4:80] = frames[:, 38:75, 4:80].amin(0)  # where nothing but the ball moves
+    top, bottom, left, right, *_ = FIELDS[settings.env_id]
+    erased[:, top:bottom, left:right] = frames[:, top:bottom, left:right].amin(0)
     pixels = torch.cartesian_prod(torch.arange(84.0), torch.arange(84.0)).flip(1)  # x and y
     near = (torch.cdist(balls[test], pixels) <= 3).unflatten(1, (84, 84))  # to the ball
     shown = torch.linspace(0, len(test) - 1, 5).long()
     crosses = {}
     print("run,mode,global_step,player,ball_size,r2_x,r2_y,r2,r2_erased,ball_decoded,ball_true")
     for path in options.checkpoints:
-        args, agent = load(path, env_id=BREAKOUT)
+        args, agent = load(path, env_id=settings.env_id)
         places, r2 = read_balls(agent, frames, balls, parts)
         _, r2_erased = read_balls(agent, erased, balls, parts)
         drawn, true = decode(agent, frames[test])[near].mean(), frames[test][near].float().mean()
@@ -199,10 +200,10 @@ if __name__ == "__main__":
     add("--episodes", type=int, default=100, help="whole games (default: 100)")
     add("--out", type=Path, help="folder for the files; if not given, watched/<name of the run>")
     add = commands.add_parser("probe", help="R^2 of the ball's place in mu, as CSV").add_argument
-    add("checkpoints", nargs="+", help="of runs on Breakout")
+    add("checkpoints", nargs="+", help="of runs on Breakout, or all on Pong")
     add("--policy", help="checkpoint that plays the frames; if not given, the last one")
     add("--frames", type=int, default=20_000, help="how many it plays (default: 20000)")
-    add("--ball", type=int, default=1, help="the ball is painted so many times as large")
+    add("--ball", type=int, default=1, help="Breakout's ball is painted so many times as large")
     add("--picture", type=Path, help="file for a picture of the places that the MLPs read")
     options = parser.parse_args()
     {"play": play, "probe": probe}[options.command](options)

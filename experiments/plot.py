@@ -9,7 +9,6 @@ import csv
 import json
 import sys
 from argparse import ArgumentParser, RawTextHelpFormatter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ RESULTS = HERE / "results"
 FIG3 = {"fixed-10M": "fixed", "adapt-10M": "adapt", "joint-kappa20-10M": "joint, kappa 20"}
 FIG5 = {f"joint-kappa{kappa}-1M": f"joint, kappa {kappa}" for kappa in (1, 10, 20, 100)}
 FIG5["joint-kappa1e6-1M"] = "plain PPO"  # hardly any VAE
+PONG = {f"Pong-{mode}-1M": mode for mode in ("fixed", "adapt", "joint")}
 MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000, 10_000_000)  # of the table
 
 
@@ -93,8 +93,7 @@ def draw_dose(figure):
     left.set_ylabel("score of fixed after 1M steps")
     right.set_ylabel("R$^2$ of the ball's place, read from the VAE's mu")
     for axes in (left, right):
-        axes.set(xticks=[1, 2, 3, 4], xlim=(0.6, 4.4), ylim=0)
-        axes.set_xlabel("width and height of the ball, times its own")
+        axes.set(xticks=[1, 2, 3, 4], xlim=(0, 5), ylim=0, xlabel="size of the ball, times its own")
         axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -125,8 +124,8 @@ def draw_overview(figure):
 
 def figures(options):
     drawers = {
-        "learning_curves": partial(draw_scores, FIG3),
-        "kappa": partial(draw_scores, FIG5),
+        "pong": lambda figure: draw_scores(PONG, figure),
+        "kappa": lambda figure: draw_scores(FIG5, figure),
         "probe": draw_probe,
         "dose": draw_dose,
         "overview": draw_overview,
@@ -156,7 +155,7 @@ def publish(options):
     for folder in options.folders:
         name = folder.name.removeprefix("Breakout-")
         header, *rows = csv.reader((folder / "metrics.csv").open())
-        every = max(1, len(rows) // 500)
+        every = max(1, len(rows) // 250)
         thinned = rows[(len(rows) - 1) % every :: every]  # the last row stays
         short = [[x if x.isdigit() else f"{float(x or 'nan'):.5g}" for x in row] for row in thinned]
         lines = [",".join(row) + "\n" for row in [header, *short]]
