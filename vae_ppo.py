@@ -9,18 +9,17 @@ A VAE that is trained alone on Atari Breakout leaves out the ball, so a policy t
 its latent space hardly scores. Policy gradients through the encoder put the ball back.
 
     x            a frame, grey, uint8
-    mu, logvar   mean and log-variance of q(z|x), the encoder's answer to one frame
+    mu, logvar   mean and log-variance of q(z|x), which the encoder gives
     z            a sample of q(z|x), from which the decoder makes p(x|z)
     U            mu of the last num_stack frames, concatenated: all that the policy sees
     T, N         steps of a rollout, games played at once
-    L, B         steps of a segment (a piece of one game), segments of a minibatch
-    C            num_stack - 1: the earlier frames that the first step of a segment sees
-    L_VAE, L_PPO losses of the VAE (eq. 2) and of the policy (eq. 5), which kappa weighs
+    L, B         steps of a segment of one game, segments of a minibatch
+    C            num_stack - 1: the earlier frames that a segment's first step sees
+    L_VAE, L_PPO losses of the VAE (eq. 2) and of the policy (eq. 5)
 """
 
 import argparse
 import csv
-import math
 import os
 import signal
 import sys
@@ -29,7 +28,7 @@ from collections import deque, namedtuple
 from contextlib import suppress
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads leave their core
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep
 
 import ale_py
 import gymnasium as gym
@@ -37,7 +36,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from filelock import FileLock
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
@@ -48,16 +46,16 @@ COUNT, WEIGHT, SHARE = (1, 1e9), (0, 1e9), (0, 1)
 FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in their code)
     ("run", "env-id", "ALE/Breakout-v5", None, "a game of ale-py (paper: Breakout)"),
     ("run", "seed", 1, WEIGHT, "of weights, actions and games"),
-    ("run", "cuda", True, None, "run on the GPU, if there is one"),
+    ("run", "cuda", True, None, "use the GPU, if there is one"),
     ("run", "runs-dir", "runs", None, "folder of all runs"),
     ("run", "run-name", "", None, "folder in it; if not given, made of the flags"),
     ("run", "resume", False, None, "go on from the checkpoint, with new games"),
-    ("run", "checkpoint-every", 20, COUNT, "iterations between two checkpoints"),
-    ("run", "track", False, None, "log to Weights & Biases too (pip install wandb)"),
+    ("run", "checkpoint-every", 20, COUNT, "iterations between checkpoints"),
+    ("run", "track", False, None, "log to Weights & Biases too"),
     ("run", "learning-rate", 0.0, WEIGHT, "of Adam; 0: that of the mode"),
     ("run", "num-envs", 16, (1, 4096), "N, games at once (authors)"),
     ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper: none)"),
-    ("run", "env-threads", 0, WEIGHT, "threads of the emulator; 0: one for each core"),
+    ("run", "env-threads", 0, WEIGHT, "threads of the emulator; 0: one per core"),
     ("run", "latent-dim", 20, COUNT, "numbers in z (authors)"),
     ("frames", "policy", "", None, "checkpoint of the player; without it, random actions"),
     ("frames", "num-frames", 25_000, COUNT, "frames to learn from (paper)"),
@@ -70,11 +68,11 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("L_PPO", "num-steps", 128, COUNT, "T, steps of a rollout (authors)"),
     ("L_PPO", "num-stack", 4, COUNT, "frames that the policy sees (paper)"),
     ("L_PPO", "num-minibatches", 16, COUNT, "minibatches in an epoch"),
-    ("L_PPO", "segment-length", 8, COUNT, "L, consecutive steps in a minibatch"),
+    ("L_PPO", "segment-length", 8, COUNT, "L, steps in a row in a minibatch"),
     ("L_PPO", "update-epochs", 4, COUNT, "passes over a rollout (CleanRL)"),
     ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
     ("L_PPO", "gae-lambda", 0.95, SHARE, "lambda of GAE (authors)"),
-    ("L_PPO", "norm-adv", True, None, "normalise advantages in a minibatch (CleanRL)"),
+    ("L_PPO", "norm-adv", True, None, "normalise advantages (CleanRL)"),
     ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip (authors: at first)"),
     ("L_PPO", "clip-vloss", True, None, "clip the value loss too (authors)"),
     ("L_PPO", "ent-coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
@@ -186,7 +184,7 @@ class Agent(nn.Module):
 
 
 def stack_features(mu, stack):
-    """U (..., N, num_stack * latent_dim): mu (rows, N, latent_dim) at stack (..., N, num_stack)."""
+    """U (..., N, num_stack * latent_dim): mu at the rows of stack (..., N, num_stack)."""
     game = torch.arange(mu.shape[1], device=mu.device)[:, None]
     return mu[stack, game].flatten(-2)
 
@@ -196,7 +194,7 @@ def vae_loss(agent, frames, mu, logvar, args):
     """L_VAE and metrics: sums over pixels and latents, means of frames (..., 84, 84)."""
     z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
     logits = agent.decoder(z)
-    nats = F.binary_cross_entropy_with_logits(logits, frames / 255, reduction="sum")
+    nats = nn.BCEWithLogitsLoss(reduction="sum")(logits, frames / 255)
     recon_loss = nats / frames.shape[:-2].numel()  # -E_q[log p(x|z)]
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1).mean()  # KL(q || N(0, I))
     l_vae = recon_loss + args.beta * kl  # eq. 2, negated: a loss
@@ -244,7 +242,7 @@ def ppo_loss(logits, value, mb, args):
 VAE = ("encoder", "mu", "logvar", "decoder")
 POLICY = ("trunk", "actor", "critic")
 Mode = namedtuple("Mode", "networks learning_rate flags")  # flags: groups of FLAGS
-MODES = {  # Adam trains the networks; where --vae is a flag, the VAE starts as that one
+MODES = {  # Adam trains the networks; with the flag --vae, the VAE starts as that one
     "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE, eq. 2
     "fixed": Mode(POLICY, 1e-3, ("run", "vae", "L_PPO")),  # L_PPO, eq. 5, frozen encoder
     "adapt": Mode((*POLICY, "encoder", "mu"), 5e-4, ("run", "vae", "L_PPO")),  # L_PPO
@@ -255,21 +253,20 @@ MODES = {  # Adam trains the networks; where --vae is a flag, the VAE starts as 
 def make_agent(args, num_actions, device):
     """The networks at the start of a run, and Adam for those that the mode trains."""
     torch.manual_seed(args.seed)
-    agent = Agent(num_actions, args.latent_dim, args.num_stack)
+    agent = Agent(num_actions, args.latent_dim, args.num_stack).to(device)
     if args.policy and load_checkpoint(args.policy, args, "env_id")["args"]["mode"] == "pretrain":
         sys.exit(f"--policy {args.policy} is of --mode pretrain, which has no policy")
     if args.vae:
         saved = load_checkpoint(args.vae, args, "env_id", "latent_dim")
         new_policy = {k: x for k, x in agent.state_dict().items() if k.startswith(POLICY)}
         agent.load_state_dict(saved["weights"] | new_policy)
-    agent.to(device)
     trained = nn.ModuleList(getattr(agent, name) for name in MODES[args.mode].networks)
     return agent, torch.optim.Adam(trained.parameters(), args.learning_rate, eps=1e-5, fused=True)
 
 
 def minibatch_loss(agent, buffer, segments, args):
     """The loss of fixed, adapt or joint over `segments` (B,) of L steps, and metrics.
-    Each frame is encoded once, and read by the num_stack steps that see it."""
+    Each frame is encoded once, for all the steps that see it."""
     networks = MODES[args.mode].networks
     mb = gather(buffer, segments, args.segment_length)
     if "encoder" in networks:
@@ -287,7 +284,7 @@ def minibatch_loss(agent, buffer, segments, args):
     mu_vae = mu[C:]  # where the gradient of L_VAE alone arrives
     l_vae, vae_metrics = vae_loss(agent, frames[C:], mu_vae, logvar[C:], args)
     metrics.update(vae_metrics)
-    # The backward pass measures both gradients where they meet: at mu, of which U is made
+    # The backward pass measures both gradients where they meet, at mu
     mu_ppo.register_hook(lambda g: metrics.update({"grad/ppo_at_U": g.norm() / args.kappa}))
     mu_vae.register_hook(lambda g: metrics.update({"grad/vae_at_U": g.norm()}))
     return args.kappa * l_ppo + l_vae, metrics  # L_joint, eq. 3
@@ -307,7 +304,7 @@ def make_envs(args):
         img_width=FRAME_SIZE,
         stack_num=1,
         reward_clipping=False,
-        life_loss_info=True,  # a lost life ends the episode, and the game goes on
+        life_loss_info=True,  # a lost life ends the episode, not the game
     )
     actions = envs.ale.get_action_set()
     return envs, actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else 0
@@ -383,7 +380,7 @@ def act(agent, buffer, t):
 
 @torch.no_grad()
 def rollout(agent, games, buffer):
-    """Play T steps. The weights stand still, so only a step's newest frame is encoded."""
+    """Play T steps. The weights stand still, so only the newest frame is encoded."""
     C, T = buffer.C, buffer.T
     buffer.frames[:C] = buffer.frames[T : T + C].clone()  # the last rollout's end
     buffer.frames[C] = torch.from_numpy(games.frame)
@@ -409,7 +406,7 @@ def gae(buffer, gamma, gae_lambda):
         delta = buffer.rewards[t] + gamma * next_value - buffer.values[t]
         advantage = delta + gamma * gae_lambda * ~buffer.reset_row[t + 1] * advantage
         buffer.advantages[t] = advantage
-    torch.add(buffer.advantages, buffer.values[:-1], out=buffer.returns)
+    buffer.returns[:] = buffer.advantages + buffer.values[:-1]
 
 
 # ---- Update ----
@@ -443,20 +440,19 @@ def mean_over_ranks(x):
 
 
 def clipped_gradient(optimizer, loss, max_grad_norm=0.0):
-    """Compute the gradient and clip it to max_grad_norm. Returns its norm before that."""
+    """Compute and clip the gradient. Returns its norm before that."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
     for p in parameters:
         p.grad = mean_over_ranks(p.grad)
-    return nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    return nn.utils.clip_grad_norm_(parameters, max_grad_norm or np.inf)
 
 
 def mean_metrics(history):
-    """The means of an iteration's metrics over its minibatches and all processes."""
+    """Means over an iteration's minibatches and all processes."""
     means = {name: torch.stack([m[name] for m in history]).mean() for name in history[0]}
-    numbers = mean_over_ranks(torch.stack(list(means.values()))).tolist()
-    return dict(zip(means, numbers, strict=True))
+    return {name: mean_over_ranks(x).item() for name, x in means.items()}
 
 
 def update(agent, optimizer, buffer, args):
@@ -471,10 +467,8 @@ def update(agent, optimizer, buffer, args):
         metrics["grad/norm"] = clipped_gradient(optimizer, loss, args.max_grad_norm)
         optimizer.step()
         history.append(metrics)
-    means = mean_metrics(history)
-    means["losses/approx_kl"] = approx_kl  # of the last minibatch
-    means["losses/updates"] = len(history)  # fewer than all: the KL stopped them
-    return means
+    at_end = {"losses/approx_kl": approx_kl, "losses/updates": len(history)}
+    return mean_metrics(history) | at_end
 
 
 def learn_policy(agent, optimizer, games, args, steps):
@@ -497,7 +491,7 @@ def collect_frames(args, games, num_actions, device):
     else:
         player = Agent(num_actions, args.latent_dim, args.num_stack)
         nn.init.zeros_(player.actor.weight)  # all actions are equally likely
-    T = math.ceil(args.num_frames / args.num_envs)
+    T = int(np.ceil(args.num_frames / args.num_envs))
     buffer = Buffer(player, T, args.num_envs, device)
     rollout(player.to(device), games, buffer)
     return buffer.frames[buffer.C : -1].flatten(0, 1)[: args.num_frames]
@@ -506,6 +500,7 @@ def collect_frames(args, games, num_actions, device):
 def learn_vae(agent, optimizer, games, args, steps):
     """pretrain. Yields the metrics of each epoch, a pass over all frames."""
     frames = collect_frames(args, games, agent.actor.out_features, agent.mu.weight.device)
+    optimizer.param_groups[0]["lr"] = args.learning_rate
     for _ in steps:
         history = []
         order = torch.randperm(len(frames), device=frames.device)
@@ -524,13 +519,12 @@ def start_process(args):
     Categorical.set_default_validate_args(False)  # validation waits for the device
     torch.backends.cudnn.deterministic = True  # equal seeds give equal bits
     use_cuda = args.cuda and torch.cuda.is_available()
-    device = torch.device("cuda" if use_cuda else "cpu")
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if args.world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
         dist.barrier()  # all have looked for the run's folder before it is made
-    return device, dist.get_rank() if args.world_size > 1 else 0
+    return torch.device("cuda" if use_cuda else "cpu"), int(os.environ.get("RANK", "0"))
 
 
 def train(args, signals=()):
@@ -542,32 +536,31 @@ def train(args, signals=()):
     envs, serve = make_envs(args)
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
     global_step, scores, log_size = restore(agent, optimizer, args, folder)
-    rng = np.random.default_rng([args.seed, rank, global_step])  # resumed: new games
-    seed = int(rng.integers(2**30))
-    torch.manual_seed(seed)
+    seed = int(np.random.default_rng([args.seed, rank, global_step]).integers(2**30))
+    torch.manual_seed(seed)  # another one after a resume, for new games
     games = Games(envs, serve, seed, scores)
     total, batch = args.total_timesteps, args.batch_size
     steps = range(global_step, total - batch + 1, batch)  # at which the iterations begin
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
-    bar = tqdm(total=total, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
+        bar = tqdm(initial=global_step, total=total, unit="step", unit_scale=True)
     learn = learn_vae if args.mode == "pretrain" else learn_policy
     start = time.perf_counter()
     for metrics in learn(agent, optimizer, games, args, steps):
-        if not math.isfinite(metrics["grad/norm"]):  # in all processes at once
+        if not np.isfinite(metrics["grad/norm"]):  # in all processes at once
             sys.exit(f"\ngrad/norm is {metrics['grad/norm']}: lower --learning-rate")
-        stop = mean_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
+        caught = mean_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
+        stop = caught or global_step == steps[-1]
         global_step += batch
         if rank == 0:
             charts = {
                 "global_step": global_step,
-                "charts/episodic_return": np.mean(games.scores or math.nan),
+                "charts/episodic_return": np.mean(games.scores or np.nan),
                 "charts/SPS": (global_step - steps[0]) / (time.perf_counter() - start),
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
             }
             write_log(file, tensorboard, charts | metrics)
-            at_end = stop or global_step > steps[-1]
-            if at_end or global_step // batch % args.checkpoint_every == 0:
+            if stop or global_step // batch % args.checkpoint_every == 0:
                 progress = {"scores": list(games.scores), "log_size": file.tell()}
                 progress |= {"global_step": global_step, "args": vars(args)}
                 save_checkpoint(folder, agent, optimizer, progress)
@@ -580,7 +573,7 @@ def train(args, signals=()):
 
 # ---- Checkpoint and log ----
 def load_checkpoint(path, args, *names):
-    """A checkpoint that was made with args' settings `names`. Executes nothing of it."""
+    """A checkpoint with args' settings `names`. Nothing in it is executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         made_with = saved["args"]
@@ -600,9 +593,8 @@ def restore(agent, optimizer, args, folder):
     saved = load_checkpoint(path, args, "mode", "env_id", "latent_dim", "num_stack")
     agent.load_state_dict(saved["weights"])
     optimizer.load_state_dict(saved["optimizer"])
-    optimizer.param_groups[0]["lr"] = args.learning_rate
     for p, state in optimizer.state.items():
-        if state["exp_avg"].shape != p.shape or state["exp_avg_sq"].shape != p.shape:
+        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
             sys.exit(f"{path} has the optimizer's state of another network")
     changed = {k: x for k, x in vars(args).items() if saved["args"].get(k, x) != x}
     print(f"from step {saved['global_step']} on, with these settings changed: {changed}")
@@ -625,9 +617,8 @@ def open_log(args, folder, size, global_step):
         import wandb  # not among the requirements
 
         wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
-    lock = FileLock(folder / "lock")  # held until the process ends
-    try:
-        lock.acquire(blocking=False)
+    try:  # the process holds the lock until it ends
+        lock = FileLock(folder / "lock").acquire(blocking=False)
     except OSError as error:
         sys.exit(f"{folder} cannot be used (is another process at work in it?): {error}")
     file = open(folder / "metrics.csv", "a+", newline="", buffering=1)
@@ -642,9 +633,8 @@ def write_log(file, tensorboard, row):
     if file.tell() == 0:
         csv.writer(file).writerow(row)
     file.seek(0)
-    if next(csv.reader(file)) != list(row):
+    if file.readline().strip() != ",".join(row):
         sys.exit(f"\n{file.name} has other columns: choose another --run-name")
-    file.seek(0, os.SEEK_END)
     csv.writer(file).writerow(row.values())
     for name, value in row.items():
         tensorboard.add_scalar(name, value, row["global_step"])
@@ -662,11 +652,10 @@ def main():
         with suppress(OSError):  # the terminal may be gone
             print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
 
-    args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, catch)
-    train(args, signals)
+    train(parse_args(), signals)
     sys.exit(128 + signals[0] if signals else 0)
 
 
