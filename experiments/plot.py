@@ -155,7 +155,7 @@ def publish(options):
     for folder in options.folders:
         name = folder.name.removeprefix("Breakout-")
         header, *rows = csv.reader((folder / "metrics.csv").open())
-        every = max(1, len(rows) // 250)
+        every = max(1, len(rows) // 200)
         thinned = rows[(len(rows) - 1) % every :: every]  # the last row stays
         short = [[x if x.isdigit() else f"{float(x or 'nan'):.5g}" for x in row] for row in thinned]
         lines = [",".join(row) + "\n" for row in [header, *short]]
