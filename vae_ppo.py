@@ -451,12 +451,13 @@ def clipped_gradient(optimizer, loss, max_grad_norm=0.0):
 
 def mean_metrics(history):
     """Means over an iteration's minibatches and all processes."""
-    means = {name: torch.stack([m[name] for m in history]).mean() for name in history[0]}
-    return {name: mean_over_ranks(x).item() for name, x in means.items()}
+    means = [torch.stack([m[name] for m in history]).mean() for name in history[0]]
+    numbers = mean_over_ranks(torch.stack(means)).tolist()  # one wait for the device
+    return dict(zip(history[0], numbers, strict=True))
 
 
 def update(agent, optimizer, buffer, args):
-    """PPO on one rollout, until the KL passes --target-kl. Returns metrics."""
+    """PPO on one rollout, until the KL passes --target-kl. Returns means, and the last KL."""
     gae(buffer, args.gamma, args.gae_lambda)
     history = []
     for segments in minibatches(buffer, args):
@@ -500,7 +501,7 @@ def collect_frames(args, games, num_actions, device):
 def learn_vae(agent, optimizer, games, args, steps):
     """pretrain. Yields the metrics of each epoch, a pass over all frames."""
     frames = collect_frames(args, games, agent.actor.out_features, agent.mu.weight.device)
-    optimizer.param_groups[0]["lr"] = args.learning_rate
+    optimizer.param_groups[0]["lr"] = args.learning_rate  # not the checkpoint's
     for _ in steps:
         history = []
         order = torch.randperm(len(frames), device=frames.device)

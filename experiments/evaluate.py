@@ -39,9 +39,9 @@ def new_games(args, num_envs, seed):
 
 
 def find_balls(frames, env_id):
-    """x and y of the ball (B, 2), to 2 pixels; NaN where it may not be whole or not alone."""
-    top, bottom, left, right, dy, dx = FIELDS.get(env_id, (0, 84, 0, 84, 84, 84))  # never
-    field = frames[:, top:bottom, left + 1 : right - 1].float()
+    """x and y of the ball (B, 2), to 2 pixels. NaN: it may not be whole, or the game is another."""
+    top, bottom, left, right, dy, dx = FIELDS.get(env_id, (0, 84, 0, 84, 84, 84))  # none is whole
+    field = frames[:, top:bottom, left + 1 : right - 1].float()  # the edge mixes with the walls
     field -= field.amin((1, 2), keepdim=True)
     x = field.sum(1) @ torch.arange(left + 1, right - 1).float() / field.sum((1, 2))  # 0 / 0 is NaN
     y = field.sum(2) @ torch.arange(top, bottom).float() / field.sum((1, 2))
