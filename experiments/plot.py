@@ -6,6 +6,7 @@ python -m experiments.plot table
 """
 
 import csv
+import functools
 import json
 import sys
 from argparse import ArgumentParser, RawTextHelpFormatter
@@ -23,7 +24,8 @@ RESULTS = HERE / "results"
 FIG3 = {"fixed-10M": "fixed", "adapt-10M": "adapt", "joint-kappa20-10M": "joint, kappa 20"}
 FIG5 = {f"joint-kappa{kappa}-1M": f"joint, kappa {kappa}" for kappa in (1, 10, 20, 100)}
 FIG5["joint-kappa1e6-1M"] = "plain PPO"  # hardly any VAE
-PONG = {"Pong-fixed-1M": "fixed", "Pong-adapt-1M": "adapt"}
+PONG = {"Pong-fixed-1M": "fixed", "Pong-adapt-1M": "adapt", "Pong-joint-1M": "joint, one seed"}
+BOXING = {"Boxing-fixed-1M": "fixed", "Boxing-adapt-1M": "adapt"}
 MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000, 10_000_000)  # of the table
 
 
@@ -123,13 +125,9 @@ def draw_overview(figure):
 
 
 def figures(options):
-    drawers = {
-        "pong": lambda figure: draw_scores(PONG, figure),
-        "kappa": lambda figure: draw_scores(FIG5, figure),
-        "probe": draw_probe,
-        "dose": draw_dose,
-        "overview": draw_overview,
-    }
+    drawers = {"probe": draw_probe, "dose": draw_dose, "overview": draw_overview}
+    for name, models in {"kappa": FIG5, "pong": PONG, "boxing": BOXING}.items():
+        drawers[name] = functools.partial(draw_scores, models)
     for name, draw in drawers.items():
         figure = Figure(figsize=(8.5, 4.5), layout="constrained")
         draw(figure)
