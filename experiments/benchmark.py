@@ -6,6 +6,7 @@ python -m experiments.benchmark >> experiments/benchmark.md
 
 import itertools
 import os
+import sys
 import time
 from argparse import ArgumentParser, RawTextHelpFormatter
 from concurrent.futures import ProcessPoolExecutor
@@ -100,6 +101,7 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # a new process for each
         for name in [*results] * options.repetitions:  # a drift of the machine's speed meets all
             results[name].append(pool.submit(measure, name, options.flags).result())
+            print(f"{name}: {results[name][-1]:.0f} steps/s", file=sys.stderr)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"\n{os.cpu_count()} cores, {gpu}, torch {torch.__version__}.\n")
     print("| | steps/s | lowest - highest |\n|---|---|---|")
