@@ -480,7 +480,7 @@ def test_rewards_are_raw_and_fire_may_be_missing():
     """A dot in Ms. Pac-Man, which has no FIRE, pays its raw 10. Actions stick only if asked."""
     envs, serve = vae_ppo.make_envs(make_args("joint", "--env-id ALE/MsPacman-v5 --num-envs 1"))
     games = vae_ppo.Games(envs, serve, np.array([0]))
-    rewards = [int(games.step(np.array([3]))[1][0]) for _ in range(100)]
+    rewards = [int(games.step(np.array([3]))[0][0]) for _ in range(100)]
     assert serve == 0 and 10 in rewards and games.score == sum(rewards)
     assert envs.spec.kwargs["repeat_action_probability"] == 0
     envs, _ = vae_ppo.make_envs(make_args("joint", "--repeat-action-probability 0.25"))
@@ -574,9 +574,9 @@ def gae(rewards, values, terminated, reset_row, gamma, gae_lambda):
     buffer = SimpleNamespace(T=len(rewards), rewards=torch.tensor(rewards, dtype=torch.float64))
     buffer.values = torch.tensor(values, dtype=torch.float64)
     buffer.terminated, buffer.reset_row = torch.tensor(terminated), torch.tensor(reset_row)
-    buffer.advantages, buffer.returns = torch.zeros(2, *buffer.rewards.shape, dtype=torch.float64)
+    buffer.advantages, buffer.returns = map(torch.zeros_like, (buffer.values, buffer.rewards))
     vae_ppo.gae(buffer, gamma, gae_lambda)
-    return buffer.advantages, buffer.returns
+    return buffer.advantages[:-1], buffer.returns
 
 
 def test_gae_by_hand():
@@ -637,7 +637,7 @@ def test_minibatches_cover_each_step_once(L, count, N, pieces):
     buffer.actions[:] = ids
     buffer.logits[:] = ids[..., None] + 0.1
     buffer.values[:T] = ids + 0.2
-    buffer.advantages[:] = ids + 0.3
+    buffer.advantages[:T] = ids + 0.3
     buffer.returns[:] = ids + 0.4
     buffer.reset_row[:T] = ids % 3 == 0
     steps = []

@@ -19,7 +19,6 @@ its latent space hardly scores. Policy gradients through the encoder put the bal
 """
 
 import argparse
-import csv
 import os
 import signal
 import sys
@@ -265,12 +264,11 @@ def make_agent(args, num_actions, device):
 
 
 def minibatch_loss(agent, buffer, segments, args):
-    """The loss of fixed, adapt or joint over `segments` (B,) of L steps, and metrics.
-    Each frame is encoded once, for all the steps that see it."""
+    """The loss of fixed, adapt or joint over `segments` (B,) of L steps, and metrics."""
     networks = MODES[args.mode].networks
     mb = gather(buffer, segments, args.segment_length)
     if "encoder" in networks:
-        frames = buffer.frames[mb["rows"]]  # (C + L, B, 84, 84)
+        frames = buffer.frames[mb["rows"]]  # (C + L, B, 84, 84): no frame twice
         mu, logvar = agent.encode(frames)  # (C + L, B, latent_dim)
     else:
         mu = buffer.mu[mb["rows"]]  # of the rollout: the encoder stands still
@@ -325,7 +323,7 @@ class Games:
         self.scores = deque(scores, maxlen=100)  # raw, of whole games: all their lives
 
     def step(self, action):
-        """action (N,) -> frame (N, 84, 84), raw reward, terminated, truncated (N,)."""
+        """action (N,) -> raw reward, terminated (N,). Sets frame and reset_row."""
         action = np.where(self.reset_row, self.serve, action)
         obs, reward, terminated, truncated, info = self.envs.step(action)
         new_game = info["episode_frame_number"] < self.frame_number
@@ -334,7 +332,7 @@ class Games:
         self.frame_number = info["episode_frame_number"]
         self.frame = obs[:, 0]
         self.reset_row = terminated | truncated
-        return self.frame, reward, terminated, truncated
+        return reward, terminated
 
 
 # ---- Rollout and GAE ----
@@ -359,17 +357,16 @@ class Buffer:
             self.logits = torch.zeros(T, N, agent.actor.out_features)
             self.values = torch.zeros(T + 1, N)
             self.rewards = torch.zeros(T, N)
-            self.advantages = torch.zeros(T, N)
+            self.advantages = torch.zeros(T + 1, N)  # the last stays 0
             self.returns = torch.zeros(T, N)
 
 
 def act(agent, buffer, t):
     """Step t on the device: encode the newest frame, evaluate pi and V, draw actions."""
     row = buffer.C + t
-    if t > 0:
-        buffer.stack[t, :, :-1] = buffer.stack[t - 1, :, 1:]
-        buffer.stack[t, :, -1].fill_(row)
-        buffer.stack[t].masked_fill_(buffer.reset_row[t - 1, :, None], row)  # new episode
+    if t > 0:  # the newest num_stack rows, but none from before the episode
+        first = buffer.stack[t - 1, :, :1].masked_fill(buffer.reset_row[t - 1, :, None], row)
+        buffer.stack[t] = torch.arange(t, row + 1, device=first.device).maximum(first)
     buffer.mu[row], _ = agent.encode(buffer.frames[row])
     features = stack_features(buffer.mu, buffer.stack[t])
     logits, buffer.values[t] = agent.policy(features)
@@ -383,30 +380,27 @@ def rollout(agent, games, buffer):
     """Play T steps. The weights stand still, so only the newest frame is encoded."""
     C, T = buffer.C, buffer.T
     buffer.frames[:C] = buffer.frames[T : T + C].clone()  # the last rollout's end
-    buffer.frames[C] = torch.from_numpy(games.frame)
     buffer.stack[0] = buffer.stack[T] - T  # in the first rollout: row C, num_stack times
-    buffer.reset_row[0] = buffer.reset_row[T]
     buffer.mu[:C], _ = agent.encode(buffer.frames[:C])  # with the new weights
-    for t in range(T):
+    for t in range(T + 1):
+        buffer.frames[C + t] = torch.from_numpy(games.frame)
+        buffer.reset_row[t] = torch.from_numpy(games.reset_row)
         act(agent, buffer, t)
-        frame, reward, terminated, truncated = games.step(buffer.actions[t].cpu().numpy())
-        buffer.frames[C + t + 1] = torch.from_numpy(frame)
-        buffer.rewards[t] = torch.from_numpy(np.sign(reward))  # PPO learns from the sign
-        buffer.terminated[t] = torch.from_numpy(terminated)
-        buffer.reset_row[t + 1] = torch.from_numpy(terminated | truncated)
-    act(agent, buffer, T)  # V of the step after, to bootstrap from
+        if t < T:  # of the step after, V alone is wanted: to bootstrap from
+            reward, terminated = games.step(buffer.actions[t].cpu().numpy())
+            buffer.rewards[t] = torch.from_numpy(np.sign(reward))  # PPO learns from the sign
+            buffer.terminated[t] = torch.from_numpy(terminated)
 
 
 def gae(buffer, gamma, gae_lambda):
     """Fill in advantages and returns (T, N) (Schulman et al. 2016). The step after a done
     shows the true last frame, whose value bootstraps a truncated episode."""
-    advantage = torch.zeros_like(buffer.rewards[0])
     for t in reversed(range(buffer.T)):
         next_value = buffer.values[t + 1] * ~buffer.terminated[t]
         delta = buffer.rewards[t] + gamma * next_value - buffer.values[t]
-        advantage = delta + gamma * gae_lambda * ~buffer.reset_row[t + 1] * advantage
-        buffer.advantages[t] = advantage
-    buffer.returns[:] = buffer.advantages + buffer.values[:-1]
+        decay = gamma * gae_lambda * ~buffer.reset_row[t + 1]
+        buffer.advantages[t] = delta + decay * buffer.advantages[t + 1]
+    buffer.returns[:] = buffer.advantages[:-1] + buffer.values[:-1]
 
 
 # ---- Update ----
@@ -632,11 +626,11 @@ def open_log(args, folder, size, global_step):
 def write_log(file, tensorboard, row):
     """One row, with the columns of the first."""
     if file.tell() == 0:
-        csv.writer(file).writerow(row)
+        print(*row, sep=",", file=file)
     file.seek(0)
     if file.readline().strip() != ",".join(row):
         sys.exit(f"\n{file.name} has other columns: choose another --run-name")
-    csv.writer(file).writerow(row.values())
+    print(*row.values(), sep=",", file=file)
     for name, value in row.items():
         tensorboard.add_scalar(name, value, row["global_step"])
     tensorboard.flush()

@@ -28,9 +28,9 @@ if __name__ == "__main__":
     step, collect = vae_ppo.Games.step, vae_ppo.collect_frames
 
     def painted_step(games, action):
-        frame, *answer = step(games, action)
-        games.frame = paint(frame.copy(), options.times)
-        return games.frame, *answer
+        answer = step(games, action)
+        games.frame = paint(games.frame.copy(), options.times)
+        return answer
 
     def painted_frames(*inputs):
         return torch.from_numpy(paint(collect(*inputs).cpu().numpy(), options.times)).to(inputs[-1])
