@@ -25,7 +25,7 @@ FIG3 = {"fixed-10M": "fixed", "adapt-10M": "adapt", "joint-kappa20-10M": "joint,
 FIG5 = {f"joint-kappa{kappa}-1M": f"joint, kappa {kappa}" for kappa in (1, 10, 20, 100)}
 FIG5["joint-kappa1e6-1M"] = "plain PPO"  # hardly any VAE
 PONG = {"Pong-fixed-1M": "fixed", "Pong-adapt-1M": "adapt", "Pong-joint-1M": "joint"}
-BOXING = {"Boxing-fixed-1M": "fixed", "Boxing-adapt-1M": "adapt"}
+BOXING = {model.replace("Pong", "Boxing"): name for model, name in PONG.items()}
 MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000, 10_000_000)  # of the table
 
 
