@@ -267,7 +267,7 @@ def minibatch_loss(agent, buffer, segments, args):
     """The loss of fixed, adapt or joint over `segments` (B,) of L steps, and metrics."""
     networks = MODES[args.mode].networks
     mb = gather(buffer, segments, args.segment_length)
-    if "encoder" in networks:
+    if "encoder" in networks or "decoder" in networks:
         frames = buffer.frames[mb["rows"]]  # (C + L, B, 84, 84): no frame twice
         mu, logvar = agent.encode(frames)  # (C + L, B, latent_dim)
     else:
