@@ -52,7 +52,7 @@ def tiny(mode, flags="", name="r", vae="vae.pt"):
     sizes = "--num-steps 16 --num-minibatches 2 --update-epochs 1 --total-timesteps 32"
     if mode == "pretrain":
         sizes = "--num-frames 160 --vae-epochs 3"
-    if mode in ("fixed", "adapt"):
+    if mode in ("fixed", "adapt", "draw"):
         sizes += f" --vae {vae}"
     common = f"--mode {mode} --no-cuda --env-threads 1 --num-envs 2 --run-name {name}"
     return f"{common} {sizes} {flags}".split()
@@ -295,12 +295,15 @@ TRAINED = {
     "fixed": {"trunk", "actor", "critic"},
     "adapt": {"encoder", "mu", "trunk", "actor", "critic"},
     "joint": {"encoder", "mu", "logvar", "decoder", "trunk", "actor", "critic"},
+    "draw": {"decoder", "trunk", "actor", "critic"},  # a copier's mode
 }
 
 
 @pytest.mark.parametrize("mode", TRAINED)
-def test_a_mode_moves_exactly_its_networks(mode, vae_run):
-    """A run moves its mode's networks alone; fixed and adapt begin with the VAE, bitwise."""
+def test_a_mode_moves_exactly_its_networks(mode, vae_run, monkeypatch):
+    """A run moves its mode's networks alone; a mode with --vae begins with the VAE, bitwise."""
+    draw = vae_ppo.Mode(("decoder", *vae_ppo.POLICY), 1e-3, ("run", "vae", "L_VAE", "L_PPO"))
+    monkeypatch.setitem(vae_ppo.MODES, "draw", draw)
     flags = "--seed 2" if mode == "pretrain" else "--seed 2 --num-stack 2"
     args = vae_ppo.parse_args(tiny(mode, flags, vae=vae_run / "checkpoint.pt"))
     begun = copy.deepcopy(vae_ppo.make_agent(args, 4, "cpu")[0].state_dict())
@@ -309,7 +312,7 @@ def test_a_mode_moves_exactly_its_networks(mode, vae_run):
     pretrained, saved = load(vae_run)["weights"], load("runs/r")
     for name, x in begun.items():
         network = name.split(".")[0]
-        handed_on = mode in ("fixed", "adapt") and network in TRAINED["pretrain"]
+        handed_on = mode not in ("pretrain", "joint") and network in TRAINED["pretrain"]
         assert torch.equal(x, (pretrained if handed_on else fresh)[name])
         assert torch.equal(x, saved["weights"][name]) == (network not in TRAINED[mode])
     (group,) = saved["optimizer"]["param_groups"]
@@ -1151,20 +1154,16 @@ def test_the_script_needs_no_fcntl():
 
 
 # ---- README and published weights ----
-WEIGHTS = {  # file of experiments/weights/, and what it is for
-    "pretrain-seed1.pt": ("fixed", "adapt"),
-    "adapt-10M-seed1.pt": ("pretrain",),
-    "joint-kappa20-10M-seed1.pt": ("pretrain",),
-}
+WEIGHTS = sorted((HERE / "experiments/weights").glob("*.pt"))
 
 
-@pytest.mark.skipif(not (HERE / "experiments").exists(), reason="only the repository has them")
-@pytest.mark.parametrize("name, mode", [(name, mode) for name in WEIGHTS for mode in WEIGHTS[name]])
-def test_published_weights_serve(name, mode):
-    """fixed and adapt start from the published VAE; published agents play for pretrain."""
-    path = HERE / "experiments/weights" / name
-    flags = f"--policy {path}" if mode == "pretrain" else ""
-    assert run(tiny(mode, flags, vae=path)) is None
+@pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
+def test_published_weights_serve(path):
+    """fixed starts from the published VAE; published agents play for pretrain."""
+    if path.name == "pretrain-seed1.pt":
+        assert run(tiny("fixed", vae=path)) is None
+    else:
+        assert run(tiny("pretrain", f"--policy {path}")) is None
 
 
 @pytest.mark.skipif(not (HERE / "experiments").exists(), reason="only the repository has them")
