@@ -155,7 +155,7 @@ def publish(options):
         header, *rows = csv.reader((folder / "metrics.csv").open())
         every = max(1, len(rows) // 200)
         thinned = rows[(len(rows) - 1) % every :: every]  # the last row stays
-        short = [[x if x.isdigit() else f"{float(x or 'nan'):.5g}" for x in row] for row in thinned]
+        short = [[x if x.isdigit() else f"{float(x or 'nan'):.4g}" for x in row] for row in thinned]
         lines = [",".join(row) + "\n" for row in [header, *short]]
         (RESULTS / f"{name}.csv").write_text("".join(lines))
         if (facts := Path("watched", folder.name, "eval.json")).exists():
