@@ -108,7 +108,7 @@ def film(path, panels):
 
 def play(options):
     args, agent = load(options.checkpoint)
-    folder = options.out or Path("watched", args.run_name)
+    folder = Path("watched", args.run_name)
     folder.mkdir(parents=True, exist_ok=True)
     games = new_games(args, options.episodes, SEED)
     buffer = vae_ppo.Buffer(agent, 1, options.episodes, "cpu")
@@ -116,15 +116,13 @@ def play(options):
     while np.isnan(scores).any():  # ale-py ends a game after 27 000 steps at the latest
         score, frame_number = games.score, games.frame_number
         vae_ppo.rollout(agent, games, buffer)
-        over = np.isnan(scores) & (games.frame_number < frame_number)
-        scores[over] = score[over]
+        scores = np.where(np.isnan(scores) & (games.frame_number < frame_number), score, scores)
     means = np.random.default_rng(0).choice(scores, (10_000, len(scores))).mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975]).round(3)
     facts = {"global_step": args.global_step, "mean": scores.mean(), "interval": [low, high]}
     (folder / "eval.json").write_text(json.dumps(facts | {"scores": scores.tolist()}) + "\n")
     stacks, balls, rows = watch(agent, args, 1, 2000, SEED + 1)
-    if not len(rows):
-        rows = torch.arange(len(stacks))
+    rows = rows if len(rows) else torch.arange(len(stacks))
     some = rows[torch.linspace(0, len(rows) - 1, 6).long()]
     start = balls[:, 0].isfinite().float().unfold(0, 150, 1).mean(1).argmax()  # most balls
     stacks = torch.cat([stacks[some], stacks[start : start + 150]])
@@ -198,7 +196,6 @@ if __name__ == "__main__":
     add = commands.add_parser("play", help="whole games, pictures and a film").add_argument
     add("checkpoint", help="of any mode; one of pretrain plays at random")
     add("--episodes", type=int, default=100, help="whole games (default: 100)")
-    add("--out", type=Path, help="folder for the files; if not given, watched/<name of the run>")
     add = commands.add_parser("probe", help="R^2 of the ball's place in mu, as CSV").add_argument
     add("checkpoints", nargs="+", help="of runs on Breakout, or all on Pong")
     add("--policy", help="checkpoint that plays the frames; if not given, the last one")

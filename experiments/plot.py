@@ -7,7 +7,6 @@ python -m experiments.plot table
 
 import csv
 import functools
-import json
 import sys
 from argparse import ArgumentParser, RawTextHelpFormatter
 from pathlib import Path
@@ -26,6 +25,11 @@ FIG5 = {f"joint-kappa{kappa}-1M": f"joint, kappa {kappa}" for kappa in (1, 10, 2
 FIG5["joint-kappa1e6-1M"] = "plain PPO"  # hardly any VAE
 PONG = {"Pong-fixed-1M": "fixed", "Pong-adapt-1M": "adapt", "Pong-joint-1M": "joint"}
 BOXING = {model.replace("Pong", "Boxing"): name for model, name in PONG.items()}
+GUIDED = {"guide0.5-kappa20-1M": "guided, kappa 20", "guide0.9-kappa1000-1M": "guided, kappa 1000"}
+GUIDED["joint-kappa1000-1M"] = "joint, kappa 1000"
+LABELS = {"ball_decoded": "decoded brightness near the ball"}
+LABELS |= {"r2": "R$^2$ of the ball's place, read from mu"}
+LABELS |= {"score": "score, mean of the last 100 games"}
 MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000, 10_000_000)  # of the table
 
 
@@ -33,24 +37,30 @@ def read_scores(model):
     """For each seed an array, whose rows are steps and scores."""
     seeds = []
     for path in sorted(RESULTS.glob(f"{model}-seed*.csv")):
-        rows = csv.DictReader(path.open())
-        pairs = [(row["global_step"], row["charts/episodic_return"] or "nan") for row in rows]
-        pairs = np.array(pairs, dtype=float)
+        pairs = np.genfromtxt(path, delimiter=",", skip_header=1, usecols=(0, 1))
         seeds.append(pairs[np.isfinite(pairs[:, 1])].T)  # from the first whole game on
     return seeds or sys.exit(f"there is no run of {model} in {RESULTS}")
 
 
+def read_probe(model, column):
+    """For each seed an array, whose rows are steps and a column of probe.csv."""
+    seeds = {}  # of all games by one player
+    for row in csv.DictReader((RESULTS / "probe.csv").open()):
+        run, _, seed = row["run"].rpartition("-seed")
+        if run == f"Breakout-{model}" and row["player"] == "Breakout-joint-kappa20-10M-seed1":
+            seeds.setdefault(seed, []).append([float(row["global_step"]), float(row[column])])
+    return [np.array(pairs).T for pairs in seeds.values()]
+
+
 def draw_curves(axes, curves, ylabel):
-    """For each name the median of its seeds, their 25-75 % band, every seed thin behind."""
+    """For each name the median of its seeds, and every seed thin behind it."""
     names = []
     for number, (name, seeds) in enumerate(curves.items()):
         color = f"C{number}"
         steps = min([seed[0] for seed in seeds], key=max)  # of the seed that ends first
-        values = [np.interp(steps, *seed) for seed in seeds]
-        low, median, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
+        median = np.median([np.interp(steps, *seed) for seed in seeds], axis=0)
         for seed in seeds:
-            axes.plot(*seed, alpha=0.3, linewidth=0.6, color=color)
-        axes.fill_between(steps, low, high, alpha=0.2, color=color, linewidth=0)
+            axes.plot(*seed, alpha=0.4, linewidth=0.7, color=color)
         axes.plot(steps, median, color=color)
         names.append((median[-1], steps[-1], name, color))
     highest = np.inf
@@ -63,39 +73,36 @@ def draw_curves(axes, curves, ylabel):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_scores(models, figure):
-    curves = {name: read_scores(model) for model, name in models.items()}
-    draw_curves(figure.subplots(), curves, "score, mean of the last 100 games")
+def draw_models(models, columns, figure):
+    """A panel for each column, below one another."""
+    panels = figure.subplots(len(columns), sharex=True, squeeze=False)[:, 0]
+    for axes, column in zip(panels, columns, strict=True):
+        read = read_scores if column == "score" else functools.partial(read_probe, column=column)
+        curves = {name: read(model) for model, name in models.items()}
+        if column == "ball_decoded":
+            curves["the ball in the frame"] = read_probe(next(iter(models)), "ball_true")
+        draw_curves(axes, curves, LABELS[column])
 
 
 def draw_probe(figure):
-    runs = {}  # of all games by one player
-    for row in csv.DictReader((RESULTS / "probe.csv").open()):
-        if row["player"] == "Breakout-joint-kappa20-10M-seed1":
-            run = row["run"].removeprefix("Breakout-")
-            runs.setdefault(run, []).append([int(row["global_step"]), float(row["r2"])])
-    _, frozen = runs["pretrain-seed1"][-1]
+    _, frozen = read_probe("pretrain", "r2")[0][:, -1]
     curves = {"fixed": [np.array([[0, 1e7], [frozen, frozen]])]}
     for model in ("adapt-10M", "joint-kappa20-10M", "joint-kappa1-1M"):
-        curves[(FIG3 | FIG5)[model]] = [np.array(runs[f"{model}-seed{s}"]).T for s in (1, 2, 3)]
+        curves[(FIG3 | FIG5)[model]] = read_probe(model, "r2")
     axes = figure.subplots()
     axes.set_xscale("symlog", linthresh=1e5)
-    draw_curves(axes, curves, "R$^2$ of the ball's place, read from mu")
+    draw_curves(axes, curves, LABELS["r2"])
 
 
 def draw_dose(figure):
-    rows = list(csv.DictReader((RESULTS / "probe.csv").open()))
-    left, right = figure.subplots(1, 2)
-    for size in (1, 2, 3, 4):
-        scores = [seed[1, -1] for seed in read_scores(f"fixed-ball{size}-1M")]
-        r2 = [float(row["r2"]) for row in rows if f"-vae-ball{size}-" in row["run"]]
-        for axes, values, color in ((left, scores, "C0"), (right, r2, "C1")):
-            axes.plot([size] * len(values), values, f"{color}o", alpha=0.5)
-            axes.plot(size, np.median(values), f"{color}_", markersize=25)
-    left.set_ylabel("score of fixed after 1M steps")
-    right.set_ylabel("R$^2$ of the ball's place, read from the VAE's mu")
-    for axes in (left, right):
-        axes.set(xticks=[1, 2, 3, 4], xlim=(0, 5), ylim=0, xlabel="size of the ball, times its own")
+    sizes = (1, 2, 3, 4)
+    scores = [[seed[1, -1] for seed in read_scores(f"fixed-ball{size}-1M")] for size in sizes]
+    r2 = [[seed[1, -1] for seed in read_probe(f"vae-ball{size}", "r2")] for size in sizes]
+    panels = {"score of fixed after 1M steps": scores, f"{LABELS['r2']} of the VAE": r2}
+    for number, (axes, label) in enumerate(zip(figure.subplots(1, 2), panels, strict=True)):
+        axes.plot(sizes, panels[label], f"C{number}o", alpha=0.5)
+        axes.plot(sizes, np.median(panels[label], axis=1), f"C{number}_", markersize=25)
+        axes.set(xticks=sizes, xlim=(0, 5), ylim=0, xlabel="size of the ball", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -121,31 +128,30 @@ def draw_overview(figure):
     for axes, title in zip(top.subplots(1, len(cells)), cells, strict=True):
         evaluate.show(axes, cells[title][2], balls[six[2]])
         axes.set_title(title, fontsize=11)
-    draw_scores(FIG3, bottom)
+    draw_models(FIG3, ["score"], bottom)
 
 
 def figures(options):
     drawers = {"probe": draw_probe, "dose": draw_dose, "overview": draw_overview}
     for name, models in {"kappa": FIG5, "pong": PONG, "boxing": BOXING}.items():
-        drawers[name] = functools.partial(draw_scores, models)
+        drawers[name] = functools.partial(draw_models, models, ["score"])
+    drawers["guided_curves"] = functools.partial(draw_models, GUIDED, LABELS)
     for name, draw in drawers.items():
-        figure = Figure(figsize=(8.5, 4.5), layout="constrained")
+        figure = Figure((8.5, 9 if name == "guided_curves" else 4.5), layout="constrained")
         draw(figure)
         figure.savefig(HERE / f"{name}.png", dpi=150)
 
 
 def table(options):
-    print(f"| run | seeds | {' | '.join(f'{mark / 1e6:g}M' for mark in MARKS)} | 100 games |")
-    print(f"|---|---|{'---|' * len(MARKS)}---|")
+    print(f"| run | {' | '.join(f'{mark / 1e6:g}M' for mark in MARKS)} |")
+    print(f"|---|{'---|' * len(MARKS)}")
     for model in options.models:
+        cells = [model]
         seeds = read_scores(model)
-        cells = [model, str(len(seeds))]
         for mark in MARKS:
-            found = [np.interp(mark, *seed) for seed in seeds]
-            cell = f"{np.median(found):.1f} ({min(found):.1f} to {max(found):.1f})"
-            cells.append(cell if mark < 1.001 * seeds[0][0, -1] else "")  # to a rollout
-        paths = sorted(RESULTS.glob(f"{model}-seed*.json"))
-        cells.append(", ".join(f"{json.loads(path.read_text())['mean']:.1f}" for path in paths))
+            if mark < 1.001 * seeds[0][0, -1]:  # to a rollout
+                found = [np.interp(mark, *seed) for seed in seeds]
+                cells.append(f"{np.median(found):.1f} ({min(found):.1f} to {max(found):.1f})")
         print(f"| {' | '.join(cells)} |")
 
 
@@ -153,8 +159,7 @@ def publish(options):
     for folder in options.folders:
         name = folder.name.removeprefix("Breakout-")
         header, *rows = csv.reader((folder / "metrics.csv").open())
-        every = max(1, len(rows) // 200)
-        thinned = rows[(len(rows) - 1) % every :: every]  # the last row stays
+        thinned = rows[:: -max(1, len(rows) // 200)][::-1]  # the last row stays
         short = [[x if x.isdigit() else f"{float(x or 'nan'):.4g}" for x in row] for row in thinned]
         lines = [",".join(row) + "\n" for row in [header, *short]]
         (RESULTS / f"{name}.csv").write_text("".join(lines))

@@ -1,7 +1,6 @@
 """Make the runs behind the figures. Ctrl-C or SIGTERM saves them; the same command goes on.
 
-    python -m experiments.run fixed adapt joint-kappa20 --steps 10M
-    python -m experiments.run joint-kappa1 joint-kappa10 --steps 1M --seeds 1 2 3
+    python -m experiments.run fixed adapt joint-kappa20 --steps 10M --seeds 1 2 3
 
 The first checkpoints after 100 000, 200 000, 1M and 3M steps are kept beside the last one.
 """
@@ -50,15 +49,15 @@ for model in ("adapt", "joint-kappa20"):
     MODELS[f"{model}-authors"] = MODELS[model] + RECIPE + " --target-kl 0"
 
 
-def run(name, flags, threads):
+def run(name, flags):
     if stopped.is_set():
         return 0
     path = Path("runs", name, "checkpoint.pt")
-    flags += f" --run-name {name} --env-threads {threads} --checkpoint-every 10"
+    flags += f" --run-name {name} --env-threads 1 --checkpoint-every 10"
     flags += " --resume" if path.parent.exists() else ""
     print(flags, f"> runs/{name}.log", flush=True)
     with open(f"runs/{name}.log", "a") as log:
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, *flags.split()]
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, process_group=0)
     while process.poll() is None:
@@ -82,8 +81,7 @@ if __name__ == "__main__":
     add("models", nargs="+", choices=MODELS, metavar="model", help=", ".join(MODELS))
     add("--steps", default="10M", help="of each run, like 500k or 10M")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="a run of each model for each")
-    add("--processes", type=int, default=2, help="runs at once")
-    add("--threads", type=int, default=1, help="cores of each run")
+    add("--processes", type=int, default=2, help="runs at once, of one core each")
     options = parser.parse_args()
     Path("runs").mkdir(exist_ok=True)
     steps = int(options.steps.replace("k", "000").replace("M", "000000"))
@@ -92,11 +90,11 @@ if __name__ == "__main__":
     jobs = {}
     for seed, model in itertools.product(options.seeds, options.models):
         flags = MODELS[model].replace("%", str(seed)) + f" --seed {seed}"
-        learns_policy = "--mode pretrain" not in flags
-        length = f"-{options.steps}" if learns_policy else ""
-        flags += f" --total-timesteps {steps}" if learns_policy else ""
-        game = "" if "--env-id" in flags else "Breakout-"  # other games are in the model's name
-        jobs[f"{game}{model}{length}-seed{seed}"] = flags
+        name = model if "--env-id" in flags else f"Breakout-{model}"
+        if "--mode pretrain" not in flags:
+            flags += f" --total-timesteps {steps}"
+            name += f"-{options.steps}"
+        jobs[f"{name}-seed{seed}"] = flags
     with ThreadPoolExecutor(options.processes) as pool:
-        codes = pool.map(lambda name: run(name, jobs[name], options.threads), jobs)
+        codes = pool.map(lambda name: run(name, jobs[name]), jobs)
     sys.exit(any(codes))
