@@ -832,7 +832,7 @@ def test_a_resumed_run_follows_its_new_settings(flags, rates, joint_runs, capsys
     assert resume(joint_runs / "a", flags) is None
     rows = rows_of("runs/r")[2:]
     assert [float(row["charts/learning_rate"]) for row in rows] == pytest.approx(rates)
-    assert f"'total_timesteps': {flags.split()[1]}" in capsys.readouterr().out
+    assert f"('total_timesteps', {flags.split()[1]})" in capsys.readouterr().out
 
 
 def test_resumed_pretraining_goes_on_from_its_weights():
@@ -880,9 +880,11 @@ def test_a_signal_saves_and_ends_the_program(number):
     """A signal, even before the first iteration, has the program say so, save, and end."""
     with started("--total-timesteps 1000000") as process:
         process.send_signal(number)
+        assert any("finishing this" in line for line in iter(process.stderr.readline, ""))
+        if number != signal.SIGINT:  # a terminal that is closed may send two
+            process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "finishing this iteration, then saving" in errors and "Traceback" not in errors
+    assert process.returncode == 128 + number and "Traceback" not in errors
     assert load("runs/r")["global_step"] == steps_of("runs/r")[-1]
 
 
@@ -1160,10 +1162,8 @@ WEIGHTS = sorted((HERE / "experiments/weights").glob("*.pt"))
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
 def test_published_weights_serve(path):
     """fixed starts from the published VAE; published agents play for pretrain."""
-    if path.name == "pretrain-seed1.pt":
-        assert run(tiny("fixed", vae=path)) is None
-    else:
-        assert run(tiny("pretrain", f"--policy {path}")) is None
+    mode, flags = ("fixed", "") if "pretrain" in path.name else ("pretrain", f"--policy {path}")
+    assert run(tiny(mode, flags, vae=path)) is None
 
 
 @pytest.mark.skipif(not (HERE / "experiments").exists(), reason="only the repository has them")

@@ -5,8 +5,8 @@
     python vae_ppo.py --mode fixed --vae runs/Breakout-pretrain-seed1/checkpoint.pt
     python vae_ppo.py --mode adapt --vae runs/Breakout-pretrain-seed1/checkpoint.pt
 
-A VAE that is trained alone on Atari Breakout leaves out the ball, so a policy that sees only
-its latent space hardly scores. Policy gradients through the encoder put the ball back.
+A VAE that is trained alone on Atari Breakout leaves out the ball, so a policy that sees
+only its latent space hardly scores. Policy gradients through the encoder put the ball back.
 
     x            a frame, grey, uint8
     mu, logvar   mean and log-variance of q(z|x), which the encoder gives
@@ -72,7 +72,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
     ("L_PPO", "gae-lambda", 0.95, SHARE, "lambda of GAE (authors)"),
     ("L_PPO", "norm-adv", True, None, "normalise advantages (CleanRL)"),
-    ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip (authors: at first)"),
+    ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip and L_V (authors: at first)"),
     ("L_PPO", "clip-vloss", True, None, "clip the value loss too (authors)"),
     ("L_PPO", "ent-coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
     ("L_PPO", "vf-coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
@@ -183,14 +183,14 @@ class Agent(nn.Module):
 
 
 def stack_features(mu, stack):
-    """U (..., N, num_stack * latent_dim): mu at the rows of stack (..., N, num_stack)."""
-    game = torch.arange(mu.shape[1], device=mu.device)[:, None]
-    return mu[stack, game].flatten(-2)
+    """U (..., N, num_stack * latent_dim): mu (rows, N, latent_dim) at stack's rows."""
+    column = torch.arange(mu.shape[1], device=mu.device)[:, None]
+    return mu[stack, column].flatten(-2)
 
 
 # ---- Losses ----
 def vae_loss(agent, frames, mu, logvar, args):
-    """L_VAE and metrics: sums over pixels and latents, means of frames (..., 84, 84)."""
+    """L_VAE, metrics: sums over pixels and latents, means over frames (..., 84, 84)."""
     z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
     logits = agent.decoder(z)
     nats = nn.BCEWithLogitsLoss(reduction="sum")(logits, frames / 255)
@@ -207,7 +207,7 @@ def masked_mean(x, valid):
 
 
 def ppo_loss(logits, value, mb, args):
-    """L_PPO and metrics: logits (..., num_actions), value (...); `mb` is of the rollout."""
+    """L_PPO, metrics: logits (..., num_actions), value (...); `mb` has the rollout's."""
     pi = Categorical(logits=logits)
     pi_old = Categorical(logits=mb["logits"])
     valid = ~mb["reset_row"]
@@ -241,10 +241,10 @@ def ppo_loss(logits, value, mb, args):
 VAE = ("encoder", "mu", "logvar", "decoder")
 POLICY = ("trunk", "actor", "critic")
 Mode = namedtuple("Mode", "networks learning_rate flags")  # flags: groups of FLAGS
-MODES = {  # Adam trains the networks; with the flag --vae, the VAE starts as that one
+MODES = {  # Adam trains `networks`; a mode with the flag --vae starts from that VAE
     "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE, eq. 2
     "fixed": Mode(POLICY, 1e-3, ("run", "vae", "L_PPO")),  # L_PPO, eq. 5, frozen encoder
-    "adapt": Mode((*POLICY, "encoder", "mu"), 5e-4, ("run", "vae", "L_PPO")),  # L_PPO
+    "adapt": Mode(POLICY + ("encoder", "mu"), 5e-4, ("run", "vae", "L_PPO")),  # L_PPO
     "joint": Mode(POLICY + VAE, 1e-3, ("run", "kappa", "L_VAE", "L_PPO")),  # eq. 3
 }
 
@@ -272,17 +272,16 @@ def minibatch_loss(agent, buffer, segments, args):
         mu, logvar = agent.encode(frames)  # (C + L, B, latent_dim)
     else:
         mu = buffer.mu[mb["rows"]]  # of the rollout: the encoder stands still
-    mu_ppo = mu.clone()  # where the gradient of L_PPO alone arrives
+    mu_ppo = mu.clone()  # a copy, whose gradient is of L_PPO alone
     features = stack_features(mu_ppo, mb["stack"])  # U: (L, B, num_stack * latent_dim)
     logits, value = agent.policy(features)
     l_ppo, metrics = ppo_loss(logits, value, mb, args)
     if "decoder" not in networks:
         return l_ppo, metrics
     C = buffer.C  # the first C frames only complete the stacks
-    mu_vae = mu[C:]  # where the gradient of L_VAE alone arrives
+    mu_vae = mu[C:]  # its gradient is of L_VAE alone
     l_vae, vae_metrics = vae_loss(agent, frames[C:], mu_vae, logvar[C:], args)
-    metrics.update(vae_metrics)
-    # The backward pass measures both gradients where they meet, at mu
+    metrics |= vae_metrics
     mu_ppo.register_hook(lambda g: metrics.update({"grad/ppo_at_U": g.norm() / args.kappa}))
     mu_vae.register_hook(lambda g: metrics.update({"grad/vae_at_U": g.norm()}))
     return args.kappa * l_ppo + l_vae, metrics  # L_joint, eq. 3
@@ -309,8 +308,8 @@ def make_envs(args):
 
 
 class Games:
-    """N games. The step after any `done` is a reset row, which belongs to no episode: after
-    a lost life it serves, after a game over it shows the new game's first frame."""
+    """N games. The step after any `done` is a reset row, which belongs to no episode:
+    after a lost life its action serves, after a game over it begins the new game."""
 
     def __init__(self, envs, serve, seed, scores=()):
         obs, info = envs.reset(seed=seed)  # game n has seed + n
@@ -340,7 +339,7 @@ class Buffer:
     """T steps of N games.
 
     row of frames and mu   0 ... C-1          C ... C+T-1         C+T
-    shows                  what came before   steps 0 ... T-1     the step after, for its V
+    shows                  what came before   steps 0 ... T-1     the step after, for V
 
     stack[t] has the rows of the frames that step t sees, oldest first."""
 
@@ -380,7 +379,7 @@ def rollout(agent, games, buffer):
     """Play T steps. The weights stand still, so only the newest frame is encoded."""
     C, T = buffer.C, buffer.T
     buffer.frames[:C] = buffer.frames[T : T + C].clone()  # the last rollout's end
-    buffer.stack[0] = buffer.stack[T] - T  # in the first rollout: row C, num_stack times
+    buffer.stack[0] = buffer.stack[T] - T  # in the first rollout row C, num_stack times
     buffer.mu[:C], _ = agent.encode(buffer.frames[:C])  # with the new weights
     for t in range(T + 1):
         buffer.frames[C + t] = torch.from_numpy(games.frame)
@@ -393,10 +392,9 @@ def rollout(agent, games, buffer):
 
 
 def gae(buffer, gamma, gae_lambda):
-    """Fill in advantages and returns (T, N) (Schulman et al. 2016). The step after a done
-    shows the true last frame, whose value bootstraps a truncated episode."""
+    """Fill in advantages and returns, both (T, N) (Schulman et al. 2016)."""
     for t in reversed(range(buffer.T)):
-        next_value = buffer.values[t + 1] * ~buffer.terminated[t]
+        next_value = buffer.values[t + 1] * ~buffer.terminated[t]  # kept, if truncated
         delta = buffer.rewards[t] + gamma * next_value - buffer.values[t]
         decay = gamma * gae_lambda * ~buffer.reset_row[t + 1]
         buffer.advantages[t] = delta + decay * buffer.advantages[t + 1]
@@ -510,7 +508,7 @@ def learn_vae(agent, optimizer, games, args, steps):
 
 # ---- Training ----
 def start_process(args):
-    """Join the other processes of torchrun, if any. Returns the device and the rank."""
+    """Set up torch, and join torchrun's processes, if any. Returns the device and rank."""
     Categorical.set_default_validate_args(False)  # validation waits for the device
     torch.backends.cudnn.deterministic = True  # equal seeds give equal bits
     use_cuda = args.cuda and torch.cuda.is_available()
@@ -535,7 +533,7 @@ def train(args, signals=()):
     torch.manual_seed(seed)  # another one after a resume, for new games
     games = Games(envs, serve, seed, scores)
     total, batch = args.total_timesteps, args.batch_size
-    steps = range(global_step, total - batch + 1, batch)  # at which the iterations begin
+    steps = range(global_step, total - batch + 1, batch)  # before each iteration
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
         bar = tqdm(initial=global_step, total=total, unit="step", unit_scale=True)
@@ -568,7 +566,7 @@ def train(args, signals=()):
 
 # ---- Checkpoint and log ----
 def load_checkpoint(path, args, *names):
-    """A checkpoint with args' settings `names`. Nothing in it is executed."""
+    """A checkpoint whose settings `names` are those of args. It executes nothing."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         made_with = saved["args"]
@@ -589,10 +587,10 @@ def restore(agent, optimizer, args, folder):
     agent.load_state_dict(saved["weights"])
     optimizer.load_state_dict(saved["optimizer"])
     for p, state in optimizer.state.items():
-        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:  # else a crash
             sys.exit(f"{path} has the optimizer's state of another network")
-    changed = {k: x for k, x in vars(args).items() if saved["args"].get(k, x) != x}
-    print(f"from step {saved['global_step']} on, with these settings changed: {changed}")
+    changed = vars(args).items() - saved["args"].items() - {("resume", True)}
+    print(f"from step {saved['global_step']} on, with new settings: {sorted(changed)}")
     return saved["global_step"], saved["scores"], saved["log_size"]
 
 
@@ -612,19 +610,19 @@ def open_log(args, folder, size, global_step):
         import wandb  # not among the requirements
 
         wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
-    try:  # the process holds the lock until it ends
+    try:  # makes the folder; the process holds the lock until it ends
         lock = FileLock(folder / "lock").acquire(blocking=False)
     except OSError as error:
         sys.exit(f"{folder} cannot be used (is another process at work in it?): {error}")
     file = open(folder / "metrics.csv", "a+", newline="", buffering=1)
-    file.seek(file.truncate(min(size, file.tell())))
+    file.seek(file.truncate(min(size, file.tell())))  # drop rows after the checkpoint
     tensorboard = SummaryWriter(folder, purge_step=global_step + 1)
     tensorboard.add_text("args", f"{vars(args)}, torch {torch.__version__}")
     return lock, file, tensorboard
 
 
 def write_log(file, tensorboard, row):
-    """One row, with the columns of the first."""
+    """Append a row to both logs. The columns stay those of the first row."""
     if file.tell() == 0:
         print(*row, sep=",", file=file)
     file.seek(0)
@@ -643,7 +641,7 @@ def main():
 
     def catch(number, _):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         with suppress(OSError):  # the terminal may be gone
             print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
 
