@@ -533,7 +533,7 @@ def train(args, signals=()):
     torch.manual_seed(seed)  # another one after a resume, for new games
     games = Games(envs, serve, seed, scores)
     total, batch = args.total_timesteps, args.batch_size
-    steps = range(global_step, total - batch + 1, batch)  # before each iteration
+    steps = range(global_step, total - batch + 1, batch)  # global_step before each iteration
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
         bar = tqdm(initial=global_step, total=total, unit="step", unit_scale=True)
@@ -566,7 +566,7 @@ def train(args, signals=()):
 
 # ---- Checkpoint and log ----
 def load_checkpoint(path, args, *names):
-    """A checkpoint whose settings `names` are those of args. It executes nothing."""
+    """A checkpoint whose settings `names` are args' own. Nothing in it is executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         made_with = saved["args"]
