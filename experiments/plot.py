@@ -26,7 +26,7 @@ FIG5["joint-kappa1e6-1M"] = "plain PPO"  # hardly any VAE
 PONG = {"Pong-fixed-1M": "fixed", "Pong-adapt-1M": "adapt", "Pong-joint-1M": "joint"}
 BOXING = {model.replace("Pong", "Boxing"): name for model, name in PONG.items()}
 GUIDED = {"guide0.5-kappa20-1M": "guided, kappa 20", "guide0.9-kappa1000-1M": "guided, kappa 1000"}
-GUIDED["joint-kappa1000-1M"] = "joint, kappa 1000"
+GUIDED |= {f"joint-kappa{kappa}-1M": f"joint, kappa {kappa}" for kappa in (20, 1000)}
 LABELS = {"ball_decoded": "decoded brightness near the ball"}
 LABELS |= {"r2": "R$^2$ of the ball's place, read from mu"}
 LABELS |= {"score": "score, mean of the last 100 games"}
@@ -69,7 +69,7 @@ def draw_curves(axes, curves, ylabel):
         axes.annotate(f" {name}", (x, y), color=color, fontweight="bold", va="center")
         highest = y - 0.06 * np.ptp(axes.get_ylim())
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.3g}M")
-    axes.set(xlabel="steps (4 game frames each)", ylabel=ylabel)
+    axes.set(xlabel="steps (4 game frames each)", ylabel=ylabel, ymargin=0.1)
     axes.spines[["top", "right"]].set_visible(False)
 
 
