@@ -6,7 +6,7 @@
     python vae_ppo.py --mode adapt --vae runs/Breakout-pretrain-seed1/checkpoint.pt
 
 A VAE that is trained alone on Atari Breakout leaves out the ball, so a policy that sees
-only its latent space hardly scores. Policy gradients through the encoder put the ball back.
+only its latent space hardly scores. Policy gradients through the encoder put the ball in.
 
     x            a frame, grey, uint8
     mu, logvar   mean and log-variance of q(z|x), which the encoder gives
@@ -47,7 +47,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "seed", 1, WEIGHT, "of weights, actions and games"),
     ("run", "cuda", True, None, "use the GPU, if there is one"),
     ("run", "runs-dir", "runs", None, "folder of all runs"),
-    ("run", "run-name", "", None, "folder in it; if not given, made of the flags"),
+    ("run", "run-name", "", None, "the run's folder; by default named by the flags"),
     ("run", "resume", False, None, "go on from the checkpoint, with new games"),
     ("run", "checkpoint-every", 20, COUNT, "iterations between checkpoints"),
     ("run", "track", False, None, "log to Weights & Biases too"),
@@ -72,12 +72,12 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
     ("L_PPO", "gae-lambda", 0.95, SHARE, "lambda of GAE (authors)"),
     ("L_PPO", "norm-adv", True, None, "normalise advantages (CleanRL)"),
-    ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip and L_V (authors: at first)"),
+    ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip and L_V (authors: falls to 0)"),
     ("L_PPO", "clip-vloss", True, None, "clip the value loss too (authors)"),
     ("L_PPO", "ent-coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
     ("L_PPO", "vf-coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
-    ("L_PPO", "max-grad-norm", 0.5, WEIGHT, "longest gradient; 0: any (authors)"),
-    ("L_PPO", "target-kl", 0.015, WEIGHT, "KL that ends an update; 0: none (authors)"),
+    ("L_PPO", "max-grad-norm", 0.5, WEIGHT, "largest gradient norm; 0: any (authors)"),
+    ("L_PPO", "target-kl", 0.015, WEIGHT, "KL that ends an update; 0: no limit (authors)"),
 ]
 
 
@@ -183,7 +183,7 @@ class Agent(nn.Module):
 
 
 def stack_features(mu, stack):
-    """U (..., N, num_stack * latent_dim): mu (rows, N, latent_dim) at stack's rows."""
+    """U (..., N, num_stack * latent_dim): of mu (rows, N, latent_dim) in the rows `stack`."""
     column = torch.arange(mu.shape[1], device=mu.device)[:, None]
     return mu[stack, column].flatten(-2)
 
@@ -296,7 +296,7 @@ def make_envs(args):
         args.env_id,
         num_envs=args.num_envs,
         num_threads=args.env_threads,
-        repeat_action_probability=args.repeat_action_probability,  # else 0.25
+        repeat_action_probability=args.repeat_action_probability,  # default: 0.25
         img_height=FRAME_SIZE,
         img_width=FRAME_SIZE,
         stack_num=1,
@@ -385,7 +385,7 @@ def rollout(agent, games, buffer):
         buffer.frames[C + t] = torch.from_numpy(games.frame)
         buffer.reset_row[t] = torch.from_numpy(games.reset_row)
         act(agent, buffer, t)
-        if t < T:  # of the step after, V alone is wanted: to bootstrap from
+        if t < T:  # of the step after, V alone is wanted, to bootstrap from
             reward, terminated = games.step(buffer.actions[t].cpu().numpy())
             buffer.rewards[t] = torch.from_numpy(np.sign(reward))  # PPO learns from the sign
             buffer.terminated[t] = torch.from_numpy(terminated)
@@ -394,7 +394,7 @@ def rollout(agent, games, buffer):
 def gae(buffer, gamma, gae_lambda):
     """Fill in advantages and returns, both (T, N) (Schulman et al. 2016)."""
     for t in reversed(range(buffer.T)):
-        next_value = buffer.values[t + 1] * ~buffer.terminated[t]  # kept, if truncated
+        next_value = buffer.values[t + 1] * ~buffer.terminated[t]  # not 0, if truncated
         delta = buffer.rewards[t] + gamma * next_value - buffer.values[t]
         decay = gamma * gae_lambda * ~buffer.reset_row[t + 1]
         buffer.advantages[t] = delta + decay * buffer.advantages[t + 1]
@@ -424,7 +424,7 @@ def gather(buffer, segments, L):
 
 
 def mean_over_ranks(x):
-    """The mean of x over the processes of torchrun; x where there is one."""
+    """The mean of x over the processes of torchrun; x itself where there is one."""
     if dist.is_initialized():
         x = x / dist.get_world_size()
         dist.all_reduce(x)
@@ -432,7 +432,7 @@ def mean_over_ranks(x):
 
 
 def clipped_gradient(optimizer, loss, max_grad_norm=0.0):
-    """Compute and clip the gradient. Returns its norm before that."""
+    """Compute and clip the gradient. Returns its norm before clipping."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
@@ -476,7 +476,7 @@ def learn_policy(agent, optimizer, games, args, steps):
 
 # ---- Pretraining ----
 def collect_frames(args, games, num_actions, device):
-    """Frames (num_frames, 84, 84) uint8 of games that --policy plays, or chance."""
+    """Frames (num_frames, 84, 84) uint8 of games played by --policy, or at random."""
     if args.policy:
         saved = load_checkpoint(args.policy, args, "env_id")
         player = Agent(num_actions, saved["args"]["latent_dim"], saved["args"]["num_stack"])
@@ -566,7 +566,7 @@ def train(args, signals=()):
 
 # ---- Checkpoint and log ----
 def load_checkpoint(path, args, *names):
-    """A checkpoint whose settings `names` are args' own. Nothing in it is executed."""
+    """A checkpoint that has args' own settings `names`. Nothing in it is executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         made_with = saved["args"]
@@ -605,7 +605,7 @@ def save_checkpoint(folder, agent, optimizer, progress):
 
 
 def open_log(args, folder, size, global_step):
-    """The lock of the folder, metrics.csv, cut to `size`, and TensorBoard."""
+    """Lock the folder, cut metrics.csv to `size` bytes, open TensorBoard."""
     if args.track:
         import wandb  # not among the requirements
 
@@ -636,7 +636,7 @@ def write_log(file, tensorboard, row):
 
 # ---- Main ----
 def main():
-    """The program. The first Ctrl-C has it save and end, a second one ends it at once."""
+    """The program. A first Ctrl-C makes it save and end, a second one ends it at once."""
     signals = []
 
     def catch(number, _):
