@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 import vae_ppo
-from experiments import large_ball
+from experiments import count, large_ball
 
 # Where nothing but the ball moves: top, bottom, left, right, margins of y and x
 FIELDS = {"ALE/Breakout-v5": (38, 75, 4, 80, 3, 0), "ALE/Pong-v5": (14, 77, 11, 73, 0, 4)}
@@ -120,7 +120,8 @@ def play(options):
     means = np.random.default_rng(0).choice(scores, (10_000, len(scores))).mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975]).round(3)
     facts = {"global_step": args.global_step, "mean": scores.mean(), "interval": [low, high]}
-    (folder / "eval.json").write_text(json.dumps(facts | {"scores": scores.tolist()}) + "\n")
+    path = folder / f"scores-{args.global_step}-{len(scores)}.json"
+    path.write_text(json.dumps(facts | {"scores": scores.tolist()}) + "\n")
     stacks, balls, rows = watch(agent, args, 1, 2000, SEED + 1)
     rows = rows if len(rows) else torch.arange(len(stacks))
     some = rows[torch.linspace(0, len(rows) - 1, 6).long()]
@@ -184,7 +185,8 @@ def probe(options):
         numbers = [f"{x:.4f}" for x in (*r2, r2.mean(), r2_erased.mean(), drawn, true / 255)]
         about = [args.run_name, args.mode, args.global_step, settings.run_name, options.ball]
         print(*about, *numbers, sep=",", flush=True)
-        crosses[f"{args.mode}\nR$^2$ = {r2.mean():.2f}"] = places[shown]
+        label = f"{args.mode}\nR$^2$ = {r2.mean():.2f}" + " " * len(crosses)  # no label twice
+        crosses[label] = places[shown]
     if options.picture:
         pictures = {label: frames[test[shown]] / 255 for label in crosses}
         draw(options.picture, pictures, balls[test[shown]], crosses)
@@ -195,12 +197,12 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("play", help="whole games, pictures and a film").add_argument
     add("checkpoint", help="of any mode; one of pretrain plays at random")
-    add("--episodes", type=int, default=100, help="whole games (default: 100)")
+    add("--episodes", type=count, default=100, help="whole games (default: 100)")
     add = commands.add_parser("probe", help="R^2 of the ball's place in mu, as CSV").add_argument
     add("checkpoints", nargs="+", help="of runs on Breakout, or all on Pong")
     add("--policy", help="checkpoint that plays the frames; if not given, the last one")
-    add("--frames", type=int, default=20_000, help="how many it plays (default: 20000)")
-    add("--ball", type=int, default=1, help="Breakout's ball is painted so many times as large")
+    add("--frames", type=count, default=20_000, help="how many it plays (default: 20000)")
+    add("--ball", type=count, default=1, help="Breakout's ball is painted so many times as large")
     add("--picture", type=Path, help="file for a picture of the places that the MLPs read")
     options = parser.parse_args()
     {"play": play, "probe": probe}[options.command](options)

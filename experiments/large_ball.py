@@ -1,6 +1,8 @@
 """vae_ppo.py with Breakout's ball painted several times as wide and as high.
 
 python -m experiments.large_ball 3 --mode fixed --vae runs/<name>/checkpoint.pt
+
+Give the same size when you resume. `experiments.evaluate play` does not enlarge the ball.
 """
 
 import sys
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 
 import vae_ppo
+from experiments import count
 
 
 def paint(frames, times):
@@ -23,7 +26,7 @@ def paint(frames, times):
 
 if __name__ == "__main__":
     parser = ArgumentParser(epilog="All other flags are those of vae_ppo.py.")
-    parser.add_argument("times", type=int, help="how many times as wide and as high the ball is")
+    parser.add_argument("times", type=count, help="how many times as wide and as high the ball is")
     options, sys.argv[1:] = parser.parse_known_args()
     step, collect = vae_ppo.Games.step, vae_ppo.collect_frames
 
@@ -36,6 +39,6 @@ if __name__ == "__main__":
         return torch.from_numpy(paint(collect(*inputs).cpu().numpy(), options.times)).to(inputs[-1])
 
     vae_ppo.collect_frames = painted_frames
-    if "pretrain" not in sys.argv:  # whose player sees the frames as they were
+    if vae_ppo.parse_args().mode != "pretrain":  # whose player sees the frames as they were
         vae_ppo.Games.step = painted_step
     vae_ppo.main()

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-import vae_ppo
 from experiments import evaluate
 
 HERE = Path(__file__).parent
@@ -54,6 +53,7 @@ def read_probe(model, column):
 
 def draw_curves(axes, curves, ylabel):
     """For each name the median of its seeds, and every seed thin behind it."""
+    axes.set(xlabel="steps (4 game frames each)", ylabel=ylabel, ymargin=0.1)
     names = []
     for number, (name, seeds) in enumerate(curves.items()):
         color = f"C{number}"
@@ -69,7 +69,6 @@ def draw_curves(axes, curves, ylabel):
         axes.annotate(f" {name}", (x, y), color=color, fontweight="bold", va="center")
         highest = y - 0.06 * np.ptp(axes.get_ylim())
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:.3g}M")
-    axes.set(xlabel="steps (4 game frames each)", ylabel=ylabel, ymargin=0.1)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -143,13 +142,12 @@ def figures(options):
 
 
 def table(options):
-    print(f"| run | {' | '.join(f'{mark / 1e6:g}M' for mark in MARKS)} |")
-    print(f"|---|{'---|' * len(MARKS)}")
+    print("| run |", *[f"{mark / 1e6:g}M |" for mark in MARKS], "\n|---|" + "---|" * len(MARKS))
     for model in options.models:
         cells = [model]
         seeds = read_scores(model)
         for mark in MARKS:
-            if mark < 1.001 * seeds[0][0, -1]:  # to a rollout
+            if mark < 1.001 * min(seed[0, -1] for seed in seeds):  # to a rollout
                 found = [np.interp(mark, *seed) for seed in seeds]
                 cells.append(f"{np.median(found):.1f} ({min(found):.1f} to {max(found):.1f})")
         print(f"| {' | '.join(cells)} |")
@@ -161,12 +159,11 @@ def publish(options):
         header, *rows = csv.reader((folder / "metrics.csv").open())
         thinned = rows[:: -max(1, len(rows) // 200)][::-1]  # the last row stays
         short = [[x if x.isdigit() else f"{float(x or 'nan'):.4g}" for x in row] for row in thinned]
-        lines = [",".join(row) + "\n" for row in [header, *short]]
-        (RESULTS / f"{name}.csv").write_text("".join(lines))
-        if (facts := Path("watched", folder.name, "eval.json")).exists():
-            (RESULTS / f"{name}.json").write_text(facts.read_text())
+        np.savetxt(RESULTS / f"{name}.csv", [header, *short], fmt="%s", delimiter=",")
+        if (scores := Path("watched", folder.name, f"scores-{rows[-1][0]}-100.json")).exists():
+            (RESULTS / f"{name}.json").write_text(scores.read_text())
         if options.weights:
-            saved = vae_ppo.load_checkpoint(folder / "checkpoint.pt", None)
+            saved = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)
             saved["weights"] = {key: x.half() for key, x in saved["weights"].items()}
             del saved["optimizer"]
             torch.save(saved, HERE / "weights" / f"{name}.pt")

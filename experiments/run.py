@@ -1,4 +1,4 @@
-"""Make the runs behind the figures. Ctrl-C or SIGTERM saves them; the same command goes on.
+"""Make the runs behind the figures. Ctrl-C and the like save them; the same command goes on.
 
     python -m experiments.run fixed adapt joint-kappa20 --steps 10M --seeds 1 2 3
 
@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from argparse import ArgumentParser, RawTextHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,9 @@ from pathlib import Path
 
 import torch
 
-stopped = threading.Event()
+from experiments import count
+
+signals = []
 PLAYER = "experiments/weights/joint-kappa20-10M-seed1.pt"  # plays the frames of other VAEs
 UNTRAINED = "runs/Breakout-untrained-seed%/checkpoint.pt"  # an encoder that never learnt
 MODELS = {
@@ -50,7 +51,7 @@ for model in ("adapt", "joint-kappa20"):
 
 
 def run(name, flags):
-    if stopped.is_set():
+    if signals:
         return 0
     path = Path("runs", name, "checkpoint.pt")
     flags += f" --run-name {name} --env-threads 1 --checkpoint-every 10"
@@ -62,7 +63,7 @@ def run(name, flags):
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, process_group=0)
     while process.poll() is None:
         time.sleep(5)
-        if stopped.is_set():
+        if signals:
             process.terminate()  # it ends its iteration, saves, and exits
             process.wait()
         elif path.exists() and "pretrain" not in command:
@@ -79,21 +80,21 @@ if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     add = parser.add_argument
     add("models", nargs="+", choices=MODELS, metavar="model", help=", ".join(MODELS))
-    add("--steps", default="10M", help="of each run, like 500k or 10M")
+    add("--steps", type=count, default="10M", help="of each run, like 500k or 10M")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="a run of each model for each")
-    add("--processes", type=int, default=2, help="runs at once, of one core each")
+    add("--processes", type=count, default=2, help="runs at once, of one core each")
     options = parser.parse_args()
     Path("runs").mkdir(exist_ok=True)
-    steps = int(options.steps.replace("k", "000").replace("M", "000000"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _: signals.append(number))
     jobs = {}
     for seed, model in itertools.product(options.seeds, options.models):
         flags = MODELS[model].replace("%", str(seed)) + f" --seed {seed}"
         name = model if "--env-id" in flags else f"Breakout-{model}"
         if "--mode pretrain" not in flags:
-            flags += f" --total-timesteps {steps}"
-            name += f"-{options.steps}"
+            flags += f" --total-timesteps {options.steps}"
+            name += f"-{options.steps / 1000:g}k".replace("000k", "M")
         jobs[f"{name}-seed{seed}"] = flags
     with ThreadPoolExecutor(options.processes) as pool:
         codes = pool.map(lambda name: run(name, jobs[name]), jobs)
