@@ -71,8 +71,7 @@ def colour_value(agent, stacks):
     size = torch.autograd.grad(value.sum(), stacks)[0][:, -1, :, :, None].abs()
     top = size.flatten(1).quantile(0.995, dim=1)[:, None, None, None]
     blue = (size / top).clamp(max=1) * (size > size.mean((1, 2), keepdim=True))
-    frames = stacks.detach()[:, -1, :, :, None] / 255
-    return (1 - blue) * frames + blue * torch.tensor([0.1, 0.4, 1.0])
+    return (1 - blue) * stacks.detach()[:, -1, ..., None] / 255 + blue * torch.tensor([0.1, 0.4, 1])
 
 
 def show(axes, picture, ball):

@@ -26,6 +26,7 @@ PONG = {"Pong-fixed-1M": "fixed", "Pong-adapt-1M": "adapt", "Pong-joint-1M": "jo
 BOXING = {model.replace("Pong", "Boxing"): name for model, name in PONG.items()}
 GUIDED = {"guide0.5-kappa20-1M": "guided, kappa 20", "guide0.9-kappa1000-1M": "guided, kappa 1000"}
 GUIDED |= {f"joint-kappa{kappa}-1M": f"joint, kappa {kappa}" for kappa in (20, 1000)}
+GUIDED_10M = {"guide0.5-kappa20-10M": "guided, kappa 20", "joint-kappa20-10M": "joint, kappa 20"}
 LABELS = {"ball_decoded": "decoded brightness near the ball"}
 LABELS |= {"r2": "R$^2$ of the ball's place, read from mu"}
 LABELS |= {"score": "score, mean of the last 100 games"}
@@ -43,10 +44,10 @@ def read_scores(model):
 
 def read_probe(model, column):
     """For each seed an array, whose rows are steps and a column of probe.csv."""
-    seeds = {}  # of all games by one player
+    seeds = {}  # of all games by one player, where the column was measured
     for row in csv.DictReader((RESULTS / "probe.csv").open()):
-        run, _, seed = row["run"].rpartition("-seed")
-        if run == f"Breakout-{model}" and row["player"] == "Breakout-joint-kappa20-10M-seed1":
+        run, _, seed = row["run"].removeprefix("Breakout-").rpartition("-seed")
+        if run == model and row[column] and row["player"] == "Breakout-joint-kappa20-10M-seed1":
             seeds.setdefault(seed, []).append([float(row["global_step"]), float(row[column])])
     return [np.array(pairs).T for pairs in seeds.values()]
 
@@ -60,7 +61,7 @@ def draw_curves(axes, curves, ylabel):
         steps = min([seed[0] for seed in seeds], key=max)  # of the seed that ends first
         median = np.median([np.interp(steps, *seed) for seed in seeds], axis=0)
         for seed in seeds:
-            axes.plot(*seed, alpha=0.4, linewidth=0.7, color=color)
+            axes.plot(*seed, alpha=0.4, lw=0.7, color=color, marker="." if len(seed[0]) < 9 else "")
         axes.plot(steps, median, color=color)
         names.append((median[-1], steps[-1], name, color))
     highest = np.inf
@@ -135,10 +136,11 @@ def figures(options):
     for name, models in {"kappa": FIG5, "pong": PONG, "boxing": BOXING}.items():
         drawers[name] = functools.partial(draw_models, models, ["score"])
     drawers["guided_curves"] = functools.partial(draw_models, GUIDED, LABELS)
+    drawers["guided_10M"] = functools.partial(draw_models, GUIDED_10M, LABELS)
     for name, draw in drawers.items():
-        figure = Figure((8.5, 9 if name == "guided_curves" else 4.5), layout="constrained")
+        figure = Figure((8.5, 9 if "guided" in name else 4.5), layout="constrained")
         draw(figure)
-        figure.savefig(HERE / f"{name}.png", dpi=150)
+        figure.savefig(HERE / f"{name}.png", dpi=120)
 
 
 def table(options):

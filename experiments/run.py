@@ -39,12 +39,11 @@ for times in (1, 2, 3, 4):
     vae = f"runs/Breakout-vae-ball{times}-seed%/checkpoint.pt"
     MODELS[f"fixed-ball{times}"] = f"{script} fixed --vae {vae}"
 for game in ("Pong", "Boxing"):  # <game>-policy with `--steps 500k --seeds 11`, then its VAEs
-    script = f"vae_ppo.py --env-id ALE/{game}-v5 --mode"
-    MODELS[f"{game}-policy"] = MODELS[f"{game}-joint"] = f"{script} joint"
-    policy = f"runs/{game}-policy-500k-seed11/checkpoint.pt"
-    MODELS[f"{game}-vae"] = f"{script} pretrain --policy {policy}"
+    base = f"vae_ppo.py --env-id ALE/{game}-v5 --mode"
+    MODELS[f"{game}-policy"] = MODELS[f"{game}-joint"] = f"{base} joint"
+    MODELS[f"{game}-vae"] = f"{base} pretrain --policy runs/{game}-policy-500k-seed11/checkpoint.pt"
     for mode in ("fixed", "adapt"):
-        MODELS[f"{game}-{mode}"] = f"{script} {mode} --vae runs/{game}-vae-seed%/checkpoint.pt"
+        MODELS[f"{game}-{mode}"] = f"{base} {mode} --vae runs/{game}-vae-seed%/checkpoint.pt"
 RECIPE = " --update-epochs 10 --num-minibatches 32 --segment-length 1 --learning-rate 2.5e-4"
 for model in ("adapt", "joint-kappa20"):
     MODELS[f"{model}-authors"] = MODELS[model] + RECIPE + " --target-kl 0"
