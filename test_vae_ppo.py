@@ -5,7 +5,6 @@ import copy
 import csv
 import functools
 import itertools
-import math
 import os
 import re
 import runpy
@@ -180,10 +179,10 @@ def vae_loss_of(logit, frames, mu, logvar, beta=1.0):
 
 
 VAE_BY_HAND = [  # logit, share of white pixels, mu, variance, nats of a pixel, KL
-    (0, 0.5, 0, 1, math.log(2), 0),
+    (0, 0.5, 0, 1, np.log(2), 0),
     (3, 0.0, 0, 1, 3.0485874, 0),
-    (0, 0.5, 1, 1, math.log(2), 10),
-    (0, 0.5, 0, 4, math.log(2), 30 - 10 * math.log(4)),
+    (0, 0.5, 1, 1, np.log(2), 10),
+    (0, 0.5, 0, 4, np.log(2), 30 - 10 * np.log(4)),
 ]
 
 
@@ -192,7 +191,7 @@ def test_vae_loss_by_hand(logit, white, mu, var, nats, kl):
     """L_VAE sums over 84 * 84 pixels and 20 latents, is a mean over frames, and beta weighs it."""
     frames = torch.zeros(3, 2, 84, 84, dtype=torch.uint8)
     frames[..., : int(84 * white)] = 255
-    mu, logvar = torch.full((3, 2, 20), float(mu)), torch.full((3, 2, 20), math.log(var))
+    mu, logvar = torch.full((3, 2, 20), float(mu)), torch.full((3, 2, 20), np.log(var))
     l_vae, metrics, _ = vae_loss_of(logit, frames, mu, logvar, beta=3.0)
     assert metrics["vae/recon_loss"].item() == pytest.approx(84 * 84 * nats, rel=1e-5)
     assert metrics["vae/kl"].item() == pytest.approx(kl, abs=1e-5)
@@ -232,7 +231,7 @@ PPO_BY_HAND = [  # flags, steps, parts of the loss, L_PPO
     ("--vf-coef 0.25", [0.5, 1, 2, 1, 3], {"value_loss": 1.62}, -1 + 0.25 * 1.62),
     ("--vf-coef 0.25", [0.5, 1, 2, 1, 0], {"value_loss": 2.0}, -1 + 0.25 * 2),
     ("--vf-coef 0.25 --no-clip-vloss", [0.5, 1, 2, 1, 3], {"value_loss": 0.5}, -1 + 0.25 * 0.5),
-    ("--ent-coef 0.1", [0.5], {"entropy": math.log(2)}, -1 - 0.1 * math.log(2)),
+    ("--ent-coef 0.1", [0.5], {"entropy": np.log(2)}, -1 - 0.1 * np.log(2)),
     # Advantages 2 and 6 become -1 and 1: with ratios 0.9 and 1.1, J_clip is 0.1.
     ("--norm-adv", [[0.45, 0.55], [2, 6]], {"policy_loss": -0.1, "clipfrac": 0}, -0.1),
 ]
@@ -663,12 +662,14 @@ def test_the_kl_stops_an_update_before_the_step(target, scale, n):
     optimizer = torch.optim.Adam(agent.parameters(), 0.01)
     args = make_args("adapt", f"--update-epochs 8 --target-kl {target}")
     agent.actor.weight.data *= scale  # with 2, even the first minibatch is past the target
-    history = []
+    history, numbers = [], []
     real = vae_ppo.minibatch_loss
     with pytest.MonkeyPatch.context() as patch:
+        spy(patch, "gae", lambda *inputs: numbers.append(inputs[1:]))
+        spy(patch, "clipped_gradient", lambda *inputs: numbers.append(inputs[2]))
         patch.setattr(vae_ppo, "minibatch_loss", lambda *x: history.append(real(*x)) or history[-1])
         metrics = vae_ppo.update(agent, optimizer, buffer, args)
-    assert metrics["losses/updates"] == n
+    assert metrics["losses/updates"] == n and numbers == [(0.99, 0.95)] + [0.5] * n
     assert max(int(state["step"]) for state in optimizer.state.values()) == n
     losses = [float(m["losses/value_loss"]) for _, m in history[:n]]
     assert metrics["losses/value_loss"] == pytest.approx(np.mean(losses))
@@ -778,7 +779,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_unsaved(monkeypatch):
 
     def before_update(agent, *_):
         if len(rows_of("runs/r")) == 3:
-            agent.critic.bias.data.fill_(math.nan)
+            agent.critic.bias.data.fill_(np.nan)
 
     spy(monkeypatch, "update", before_update)
     sentence = run(tiny("joint", "--checkpoint-every 2 --total-timesteps 200"))
@@ -945,7 +946,7 @@ def on_rank(rank, port):
     kept["alone"] = [p.grad.clone() for p in agent.parameters()]
     os.environ["WORLD_SIZE"] = "2"
     patch = pytest.MonkeyPatch()
-    spy(patch, "update", lambda *inputs: kept.setdefault("frames", inputs[2].frames))
+    spy(patch, "update", lambda *inputs: kept.setdefault("played", copy.deepcopy(inputs[2])))
     kept["end"] = run(tiny("joint", "--total-timesteps 256"), [signal.SIGINT] * rank)
     optimizer = torch.optim.Adam(agent.parameters())
     vae_ppo.clipped_gradient(optimizer, loss)
@@ -964,7 +965,8 @@ def test_two_processes_train_one_model():
         port = str(s.getsockname()[1])
     torch.multiprocessing.spawn(on_rank, (port,), nprocs=2)
     a, b = (torch.load(f"rank{rank}.pt", weights_only=False) for rank in range(2))
-    assert not torch.equal(a["frames"][3], b["frames"][3])  # the first, before any action
+    assert not torch.equal(a["played"].frames[3], b["played"].frames[3])  # before any action
+    assert not torch.equal(a["played"].actions, b["played"].actions)
     assert a["end"] is b["end"] is None
     assert load("runs/r")["global_step"] == 64 and steps_of("runs/r") == [64]  # of two processes
     for g0, g1, *shared in zip(a["alone"], b["alone"], a["shared"], b["shared"], strict=True):
@@ -1095,14 +1097,15 @@ def changed(source, flag, change):
     torch.save(saved, "runs/old/checkpoint.pt")
     if flag == "--resume":
         return tiny("joint", "--resume --total-timesteps 96", "old")
-    mode = {"--vae": "adapt", "--policy": "pretrain"}[flag]
-    return tiny(mode, f"{flag} runs/old/checkpoint.pt", "new")
+    return tiny("adapt" if flag == "--vae" else "pretrain", f"{flag} runs/old/checkpoint.pt", "new")
 
 
 OTHER_KINDS = [
     ("--vae", {"env_id": "ALE/Pong-v5"}, "ALE/Pong-v5 ALE/Breakout-v5"),
+    ("--vae", {"latent_dim": 9}, "latent_dim 9 20"),
     ("--policy", {"mode": "pretrain"}, "pretrain"),
     ("--policy", {"env_id": "ALE/Pong-v5"}, "ALE/Pong-v5 ALE/Breakout-v5"),
+    ("--resume", {"env_id": "ALE/Pong-v5"}, "ALE/Pong-v5 ALE/Breakout-v5"),
     ("--resume", {"mode": "adapt"}, "mode adapt joint"),
     ("--resume", {"num_stack": 2}, "num_stack 2 4"),
     ("--resume", {"latent_dim": 9}, "latent_dim 9 20"),
@@ -1119,14 +1122,13 @@ def test_a_checkpoint_of_other_settings_is_refused(flag, settings, words, joint_
 @pytest.mark.parametrize("flag", ("--resume", "--vae", "--policy"))
 def test_weights_of_another_network_show_what_does_not_fit(flag, joint_runs, capsys):
     """Who changed a layer sees torch's own message; a sentence, if only Adam's moments misfit."""
-    other = {"encoder.0.bias": torch.zeros(99)}
-    argv = changed(joint_runs / "a", flag, lambda saved: saved["weights"].update(other))
+    source = joint_runs / "a"
+    argv = changed(source, flag, lambda x: x["weights"]["encoder.0.bias"].resize_(9))
     with pytest.raises(RuntimeError, match="size mismatch for encoder.0.bias"):
         run(argv)
-    shutil.rmtree("runs")
-    other = {"exp_avg": torch.zeros(3)}
-    argv = changed(joint_runs / "a", flag, lambda x: x["optimizer"]["state"][0].update(other))
     if flag == "--resume":
+        shutil.rmtree("runs")
+        argv = changed(source, flag, lambda x: x["optimizer"]["state"][0]["exp_avg"].resize_(3))
         refused(argv, capsys, "runs/old/checkpoint.pt", "optimizer")
 
 
@@ -1244,6 +1246,5 @@ def test_a_guide_of_0_is_the_papers_loss(joint_runs):
         guided["train"](guided["parse_args"](argv))
     a, b = (load(f"runs/{name}")["weights"] for name in "ab")
     assert same(a, load(joint_runs / "a")["weights"]) and not same(a, b)
-    buffer, _ = play(make_agent())
-    weight = guided["pixel_weights"](make_agent(), buffer, 0.9)
+    weight = guided["pixel_weights"](make_agent(), play(make_agent())[0], 0.9)
     assert weight.min() >= 0.1 - 1e-6 and weight.max() > 1 and weight.mean() <= 1 + 1e-5

@@ -51,7 +51,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "resume", False, None, "go on from the checkpoint, with new games"),
     ("run", "checkpoint-every", 20, COUNT, "iterations between checkpoints"),
     ("run", "track", False, None, "log to Weights & Biases too"),
-    ("run", "learning-rate", 0.0, WEIGHT, "of Adam; 0: that of the mode"),
+    ("run", "learning-rate", 0.0, WEIGHT, "of Adam; 0: 1e-4, 1e-3, 5e-4, 1e-3"),
     ("run", "num-envs", 16, (1, 4096), "N, games at once (authors)"),
     ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper: none)"),
     ("run", "env-threads", 0, WEIGHT, "threads of the emulator; 0: one per core"),
@@ -77,7 +77,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("L_PPO", "ent-coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
     ("L_PPO", "vf-coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
     ("L_PPO", "max-grad-norm", 0.5, WEIGHT, "largest gradient norm; 0: any (authors)"),
-    ("L_PPO", "target-kl", 0.015, WEIGHT, "KL that ends an update; 0: no limit (authors)"),
+    ("L_PPO", "target-kl", 0.015, WEIGHT, "KL that ends an update; 0: none (authors: fixed)"),
 ]
 
 
@@ -111,7 +111,7 @@ def parse_args(argv=None):
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)  # processes, by torchrun
     args.batch_size = args.num_steps * args.num_envs * args.world_size
     if args.mode == "pretrain":  # its steps are frames, its iterations epochs
-        args.batch_size = args.num_frames * args.world_size
+        args.batch_size = args.num_frames
         args.total_timesteps = args.vae_epochs * args.batch_size
     if not 1 <= args.batch_size <= args.total_timesteps:
         parser.error(f"--total-timesteps must be at least {args.batch_size}, an iteration")
@@ -168,7 +168,7 @@ class Agent(nn.Module):
         )
         self.actor = layer_init(nn.Linear(64, num_actions), std=0.01)
         self.critic = layer_init(nn.Linear(64, 1), std=1.0)
-        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        self.to(memory_format=torch.channels_last)  # faster updates on a CPU
 
     def encode(self, frames):
         """q(z|x): frames (..., 84, 84) uint8 -> mu, logvar, each (..., latent_dim)."""
@@ -363,7 +363,7 @@ class Buffer:
 def act(agent, buffer, t):
     """Step t on the device: encode the newest frame, evaluate pi and V, draw actions."""
     row = buffer.C + t
-    if t > 0:  # the newest num_stack rows, but none from before the episode
+    if t > 0:  # stack[t] has the newest rows, but none from before the episode
         first = buffer.stack[t - 1, :, :1].masked_fill(buffer.reset_row[t - 1, :, None], row)
         buffer.stack[t] = torch.arange(t, row + 1, device=first.device).maximum(first)
     buffer.mu[row], _ = agent.encode(buffer.frames[row])
@@ -385,7 +385,7 @@ def rollout(agent, games, buffer):
         buffer.frames[C + t] = torch.from_numpy(games.frame)
         buffer.reset_row[t] = torch.from_numpy(games.reset_row)
         act(agent, buffer, t)
-        if t < T:  # of the step after, V alone is wanted, to bootstrap from
+        if t < T:  # the step after is not played yet: V, to bootstrap from, and a stack
             reward, terminated = games.step(buffer.actions[t].cpu().numpy())
             buffer.rewards[t] = torch.from_numpy(np.sign(reward))  # PPO learns from the sign
             buffer.terminated[t] = torch.from_numpy(terminated)
@@ -530,7 +530,7 @@ def train(args, signals=()):
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
     global_step, scores, log_size = restore(agent, optimizer, args, folder)
     seed = int(np.random.default_rng([args.seed, rank, global_step]).integers(2**30))
-    torch.manual_seed(seed)  # another one after a resume, for new games
+    torch.manual_seed(seed)  # another in each process, and after a resume
     games = Games(envs, serve, seed, scores)
     total, batch = args.total_timesteps, args.batch_size
     steps = range(global_step, total - batch + 1, batch)  # global_step before each iteration
@@ -631,7 +631,6 @@ def write_log(file, tensorboard, row):
     print(*row.values(), sep=",", file=file)
     for name, value in row.items():
         tensorboard.add_scalar(name, value, row["global_step"])
-    tensorboard.flush()
 
 
 # ---- Main ----
