@@ -27,8 +27,7 @@ BOXING = {model.replace("Pong", "Boxing"): name for model, name in PONG.items()}
 GUIDED = {"guide0.5-kappa20-1M": "guided, kappa 20", "guide0.9-kappa1000-1M": "guided, kappa 1000"}
 GUIDED |= {f"joint-kappa{kappa}-1M": f"joint, kappa {kappa}" for kappa in (20, 1000)}
 GUIDED_10M = {"guide0.5-kappa20-10M": "guided, kappa 20", "joint-kappa20-10M": "joint, kappa 20"}
-LABELS = {"ball_decoded": "decoded brightness near the ball"}
-LABELS |= {"r2": "R$^2$ of the ball's place, read from mu"}
+LABELS = {"ball_decoded": "decoded brightness near the ball", "r2": "R$^2$ of the ball in mu"}
 LABELS |= {"score": "score, mean of the last 100 games"}
 MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000, 10_000_000)  # of the table
 
@@ -55,6 +54,7 @@ def read_probe(model, column):
 def draw_curves(axes, curves, ylabel):
     """For each name the median of its seeds, and every seed thin behind it."""
     axes.set(xlabel="steps (4 game frames each)", ylabel=ylabel, ymargin=0.1)
+    axes.label_outer()  # of panels below one another only the last has steps
     names = []
     for number, (name, seeds) in enumerate(curves.items()):
         color = f"C{number}"
