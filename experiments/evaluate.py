@@ -90,7 +90,7 @@ def draw(path, rows, balls, crosses=None):
             show(cell, rows[label][number], balls[number])
             if crosses:
                 cell.plot(*crosses[label][number], "yx", markersize=9, markeredgewidth=2)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def film(path, panels):
@@ -124,8 +124,8 @@ def play(options):
     stacks, balls, rows = watch(agent, args, 1, 2000, SEED + 1)
     rows = rows if len(rows) else torch.arange(len(stacks))
     some = rows[torch.linspace(0, len(rows) - 1, 6).long()]
-    start = balls[:, 0].isfinite().float().unfold(0, 150, 1).mean(1).argmax()  # most balls
-    stacks = torch.cat([stacks[some], stacks[start : start + 150]])
+    start = balls[:, 0].isfinite().float().unfold(0, 100, 1).mean(1).argmax()  # most balls
+    stacks = torch.cat([stacks[some], stacks[start : start + 100]])
     panels = {"frame": stacks[:, -1] / 255, "decoded from mu": decode(agent, stacks[:, -1])}
     if args.mode != "pretrain":
         panels["what the value looks at"] = colour_value(agent, stacks)

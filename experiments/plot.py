@@ -110,7 +110,7 @@ def draw_overview(figure):
     """The finding in one picture. Draws guided.png, too."""
     args, joint = evaluate.load(HERE / "weights/joint-kappa20-10M-seed1.pt")
     _, vae = evaluate.load(HERE / "weights/pretrain-seed1.pt")
-    _, guided = evaluate.load(HERE / "weights/guide0.9-kappa1000-1M-seed1.pt")
+    _, guided = evaluate.load(HERE / "weights/guide0.5-kappa20-10M-seed1.pt")
     stacks, balls, rows = evaluate.watch(joint, args, 1, 2000, evaluate.SEED + 1)
     six = rows[torch.linspace(0, len(rows) - 1, 6).long()]
     frames = stacks[six, -1]
