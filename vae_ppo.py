@@ -385,7 +385,7 @@ def rollout(agent, games, buffer):
         buffer.frames[C + t] = torch.from_numpy(games.frame)
         buffer.reset_row[t] = torch.from_numpy(games.reset_row)
         act(agent, buffer, t)
-        if t < T:  # the step after is not played yet: V, to bootstrap from, and a stack
+        if t < T:  # step T begins the next rollout: here its V is wanted, to bootstrap
             reward, terminated = games.step(buffer.actions[t].cpu().numpy())
             buffer.rewards[t] = torch.from_numpy(np.sign(reward))  # PPO learns from the sign
             buffer.terminated[t] = torch.from_numpy(terminated)
