@@ -1169,11 +1169,11 @@ def test_published_weights_serve(path):
 
 
 @pytest.mark.skipif(not (HERE / "experiments").exists(), reason="only the repository has them")
-@pytest.mark.parametrize("model", ("fixed-10M", "adapt-10M", "joint-kappa20-10M"))
+@pytest.mark.parametrize("model", ("fixed", "adapt", "joint-kappa20", "joint-kappa1e6"))
 def test_the_readme_has_the_scores_of_results(model):
     """README's first table has the median and range of three seeds after 1M and 10M steps."""
     curves = []
-    for path in (HERE / "experiments/results").glob(f"{model}-seed*.csv"):
+    for path in (HERE / "experiments/results").glob(f"{model}-10M-seed*.csv"):
         rows = csv.DictReader(path.open())
         curves.append([(row["global_step"], row["charts/episodic_return"] or 0) for row in rows])
     for step in (1e6, 1e7):
