@@ -90,9 +90,8 @@ def parse_args(argv=None):
     for group, name, default, _, text in FLAGS:
         users = ", ".join(mode for mode in MODES if group in MODES[mode].flags)
         text += f" [{users}]" if default == "" else f" [{users}; default {default}]"
-        kind = {"type": type(default)}
-        if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
+        switch = {"action": argparse.BooleanOptionalAction}
+        kind = switch if isinstance(default, bool) else {"type": type(default)}
         parser.add_argument(f"--{name}", default=default, help=text, **kind)
     args = parser.parse_args(argv)
     mode = MODES[args.mode]
@@ -120,10 +119,6 @@ def parse_args(argv=None):
     args.run_name = args.run_name or f"{game}-{args.mode}{kappa}-seed{args.seed}"
     if Path(args.run_name).name != args.run_name or args.run_name == "..":
         parser.error(f"--run-name must name a folder, not {args.run_name}")
-    folder = Path(args.runs_dir, args.run_name)
-    if folder.exists() != args.resume:
-        problem = "does not exist: leave out" if args.resume else "exists: add"
-        parser.error(f"{folder} {problem} --resume, or choose another --run-name")
     return args
 
 
@@ -516,7 +511,6 @@ def start_process(args):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if args.world_size > 1:
         dist.init_process_group("nccl" if use_cuda else "gloo")
-        dist.barrier()  # all have looked for the run's folder before it is made
     return torch.device("cuda" if use_cuda else "cpu"), int(os.environ.get("RANK", "0"))
 
 
@@ -524,6 +518,9 @@ def train(args, signals=()):
     """Run a mode, from its checkpoint if any, to its end or the first of `signals`."""
     device, rank = start_process(args)
     folder = Path(args.runs_dir, args.run_name)
+    if rank == 0 and folder.exists() != args.resume:
+        problem = "does not exist: leave out" if args.resume else "exists: add"
+        sys.exit(f"{folder} {problem} --resume, or choose another --run-name")
     if rank == 0:
         print(f"{args.mode} of {args.env_id} on {device}: {folder}", flush=True)
     envs, serve = make_envs(args)
