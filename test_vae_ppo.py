@@ -179,10 +179,10 @@ def vae_loss_of(logit, frames, mu, logvar, beta=1.0):
 
 
 VAE_BY_HAND = [  # logit, share of white pixels, mu, variance, nats of a pixel, KL
-    (0, 0.5, 0, 1, np.log(2), 0),
-    (3, 0.0, 0, 1, 3.0485874, 0),
-    (0, 0.5, 1, 1, np.log(2), 10),
-    (0, 0.5, 0, 4, np.log(2), 30 - 10 * np.log(4)),
+    (0, 0.5, 0.0, 1, np.log(2), 0),
+    (3, 0.0, 0.0, 1, 3.0485874, 0),
+    (0, 0.5, 1.0, 1, np.log(2), 10),
+    (0, 0.5, 0.0, 4, np.log(2), 30 - 10 * np.log(4)),
 ]
 
 
@@ -191,21 +191,23 @@ def test_vae_loss_by_hand(logit, white, mu, var, nats, kl):
     """L_VAE sums over 84 * 84 pixels and 20 latents, is a mean over frames, and beta weighs it."""
     frames = torch.zeros(3, 2, 84, 84, dtype=torch.uint8)
     frames[..., : int(84 * white)] = 255
-    mu, logvar = torch.full((3, 2, 20), float(mu)), torch.full((3, 2, 20), np.log(var))
+    mu, logvar = torch.full((3, 2, 20), mu), torch.full((3, 2, 20), np.log(var)).requires_grad_()
     l_vae, metrics, _ = vae_loss_of(logit, frames, mu, logvar, beta=3.0)
     assert metrics["vae/recon_loss"].item() == pytest.approx(84 * 84 * nats, rel=1e-5)
     assert metrics["vae/kl"].item() == pytest.approx(kl, abs=1e-5)
     assert l_vae.item() == pytest.approx(84 * 84 * nats + 3 * kl, rel=1e-5)
+    assert torch.autograd.grad(l_vae, logvar)[0].sum().item() == pytest.approx(30 * (var - 1), 1e-4)
 
 
 def test_latents_are_sampled():
-    """The decoder gets z of mean mu and standard deviation exp(logvar / 2)."""
+    """The decoder gets z of mean mu and standard deviation exp(logvar / 2), with its gradient."""
     mu, std = torch.tensor([[-2.0, 0, 1, 2, 3], [0.1, 0.5, 1, 2, 3]])
     torch.manual_seed(0)
-    logvar = (2 * std.log()).expand(500, 5)
+    logvar = (2 * std.log()).expand(500, 5).requires_grad_()
     *_, z = vae_loss_of(0, torch.zeros(500, 84, 84), mu.expand(500, 5), logvar)
     assert ((z.mean(0) - mu).abs() < 0.15 * std).all()
     assert (z.std(0) / std - 1).abs().max() < 0.1
+    assert torch.allclose(2 * torch.autograd.grad(z.sum(), logvar)[0], z - mu, atol=1e-5)
 
 
 def ppo(flags, probability, advantage=1.0, value=0.0, old_value=0.0, ret=0.0):
@@ -231,7 +233,7 @@ PPO_BY_HAND = [  # flags, steps, parts of the loss, L_PPO
     ("--vf-coef 0.25", [0.5, 1, 2, 1, 3], {"value_loss": 1.62}, -1 + 0.25 * 1.62),
     ("--vf-coef 0.25", [0.5, 1, 2, 1, 0], {"value_loss": 2.0}, -1 + 0.25 * 2),
     ("--vf-coef 0.25 --no-clip-vloss", [0.5, 1, 2, 1, 3], {"value_loss": 0.5}, -1 + 0.25 * 0.5),
-    ("--ent-coef 0.1", [0.5], {"entropy": np.log(2)}, -1 - 0.1 * np.log(2)),
+    ("--ent-coef 0.1", [0.75], {"entropy": 0.5623351}, -1.2 - 0.1 * 0.5623351),
     # Advantages 2 and 6 become -1 and 1: with ratios 0.9 and 1.1, J_clip is 0.1.
     ("--norm-adv", [[0.45, 0.55], [2, 6]], {"policy_loss": -0.1, "clipfrac": 0}, -0.1),
 ]
@@ -246,15 +248,12 @@ def test_ppo_loss_by_hand(flags, steps, parts, loss):
         assert metrics[f"losses/{name}"].item() == pytest.approx(number)
 
 
-NUMBERS = ("advantages", "returns", "values", "logits")
-
-
 def random_minibatch(steps=40):
     """Logits and V of the networks now (leaves), and a minibatch of which some steps are masked."""
     g = torch.Generator().manual_seed(0)
     logits, old = torch.randn(2, steps, 3, generator=g, dtype=torch.float64)
     value, *numbers = torch.randn(4, steps, generator=g, dtype=torch.float64)
-    mb = dict(zip(NUMBERS, [*numbers, old], strict=True))
+    mb = dict(zip(("advantages", "returns", "values", "logits"), [*numbers, old], strict=True))
     mb["actions"] = torch.randint(3, (steps,), generator=g)
     mb["reset_row"] = torch.rand(steps, generator=g) < 0.4
     return logits.requires_grad_(), value.clone().requires_grad_(), mb
@@ -262,20 +261,22 @@ def random_minibatch(steps=40):
 
 def test_masked_steps_have_no_influence():
     """Reset rows change neither loss, metrics nor gradient; alone, they cost 0, not NaN."""
+    args = make_args("joint")
     results = []
     for other in (1, 50):
         logits, value, mb = random_minibatch()
         masked = mb["reset_row"]
-        for x in (logits.data, value.data, *(mb[name] for name in NUMBERS)):
+        for x in (logits.data, value.data, *(x for x in mb.values() if x.is_floating_point())):
             x[masked] *= other
         mb["actions"][masked] = other % 3
-        loss, metrics = vae_ppo.ppo_loss(logits, value, mb, make_args("joint"))
+        loss, metrics = vae_ppo.ppo_loss(logits, value, mb, args)
         loss.backward()
         results.append((loss, logits.grad, value.grad, *metrics.values()))
     assert all(map(torch.equal, *results))
     logits, value, mb = random_minibatch()
+    assert torch.autograd.gradcheck(lambda *x: vae_ppo.ppo_loss(*x, mb, args)[0], (logits, value))
     mb["reset_row"][:] = True
-    loss, _ = vae_ppo.ppo_loss(logits, value, mb, make_args("joint"))
+    loss, _ = vae_ppo.ppo_loss(logits, value, mb, args)
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all() and (value.grad == 0).all()
 
@@ -384,6 +385,7 @@ def test_joint_gradient_is_kappa_ppo_plus_vae():
     for name, l_x in (("grad/ppo_at_U", l_ppo), ("grad/vae_at_U", l_vae)):
         g_u, *g = torch.autograd.grad(l_x, [mu, *weights], retain_graph=True)
         torch.testing.assert_close(metrics[name], g_u.norm(), rtol=1e-4, atol=0)
+        assert g_u[:3].any() == (l_x is l_ppo)  # earlier frames learn from L_PPO alone
         alone.append(torch.cat([x.flatten() for x in g]))
     joint = torch.cat([p.grad.flatten() for p in weights])
     g_ppo, g_vae = alone
@@ -868,9 +870,8 @@ def started(flags, hangup=signal.SIG_DFL):
         signal.signal(signal.SIGHUP, hangup)
 
     command = [sys.executable, vae_ppo.__file__, *tiny("joint", flags)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options["preexec_fn"] = as_a_shell_does
-    with subprocess.Popen(command, **options) as process, contextlib.ExitStack() as end:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": as_a_shell_does}
+    with subprocess.Popen(command, text=True, **pipes) as process, contextlib.ExitStack() as end:
         end.callback(process.kill)
         assert process.stdout.readline().startswith("joint of ALE/Breakout-v5 on cpu")
         yield process
@@ -960,9 +961,8 @@ def on_rank(rank, port):
 
 def test_two_processes_train_one_model():
     """Two processes share the mean of gradients, of metrics and of the KL; a signal ends both."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
     torch.multiprocessing.spawn(on_rank, (port,), nprocs=2)
     a, b = (torch.load(f"rank{rank}.pt", weights_only=False) for rank in range(2))
     assert not torch.equal(a["played"].frames[3], b["played"].frames[3])  # before any action

@@ -76,7 +76,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("L_PPO", "clip-vloss", True, None, "clip the value loss too (authors)"),
     ("L_PPO", "ent-coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
     ("L_PPO", "vf-coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
-    ("L_PPO", "max-grad-norm", 0.5, WEIGHT, "largest gradient norm; 0: any (authors)"),
+    ("L_PPO", "max-grad-norm", 0.5, WEIGHT, "largest gradient norm; 0: none (authors)"),
     ("L_PPO", "target-kl", 0.015, WEIGHT, "KL that ends an update; 0: none (authors: fixed)"),
 ]
 
@@ -168,7 +168,7 @@ class Agent(nn.Module):
     def encode(self, frames):
         """q(z|x): frames (..., 84, 84) uint8 -> mu, logvar, each (..., latent_dim)."""
         hidden = self.encoder(frames.reshape(-1, 1, *frames.shape[-2:]) / 255)
-        hidden = hidden.unflatten(0, frames.shape[:-2])
+        hidden = hidden.reshape(*frames.shape[:-2], hidden.shape[-1])
         return self.mu(hidden), self.logvar(hidden)
 
     def policy(self, features):
@@ -178,7 +178,7 @@ class Agent(nn.Module):
 
 
 def stack_features(mu, stack):
-    """U (..., N, num_stack * latent_dim): of mu (rows, N, latent_dim) in the rows `stack`."""
+    """U (..., N, num_stack * latent_dim): the rows `stack` of mu (rows, N, latent_dim)."""
     column = torch.arange(mu.shape[1], device=mu.device)[:, None]
     return mu[stack, column].flatten(-2)
 
@@ -406,7 +406,7 @@ def minibatches(buffer, args):
 
 
 def gather(buffer, segments, L):
-    """What the buffer has of the segments (B,), each L steps of one game."""
+    """The buffer's data of the segments (B,), each L steps of one game."""
     first = segments // buffer.N * L  # step (B,)
     game = segments % buffer.N
     rows = first + torch.arange(buffer.C + L, device=segments.device)[:, None]
@@ -427,7 +427,7 @@ def mean_over_ranks(x):
 
 
 def clipped_gradient(optimizer, loss, max_grad_norm=0.0):
-    """Compute and clip the gradient. Returns its norm before clipping."""
+    """Compute and clip the gradient, a mean over processes. Returns its norm before."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
@@ -503,7 +503,7 @@ def learn_vae(agent, optimizer, games, args, steps):
 
 # ---- Training ----
 def start_process(args):
-    """Set up torch, and join torchrun's processes, if any. Returns the device and rank."""
+    """Set up torch and join torchrun's processes, if any. Returns the device and rank."""
     Categorical.set_default_validate_args(False)  # validation waits for the device
     torch.backends.cudnn.deterministic = True  # equal seeds give equal bits
     use_cuda = args.cuda and torch.cuda.is_available()
@@ -530,7 +530,7 @@ def train(args, signals=()):
     torch.manual_seed(seed)  # another in each process, and after a resume
     games = Games(envs, serve, seed, scores)
     total, batch = args.total_timesteps, args.batch_size
-    steps = range(global_step, total - batch + 1, batch)  # global_step before each iteration
+    steps = range(global_step, total - batch + 1, batch)  # where iterations begin
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
         bar = tqdm(initial=global_step, total=total, unit="step", unit_scale=True)
@@ -563,7 +563,7 @@ def train(args, signals=()):
 
 # ---- Checkpoint and log ----
 def load_checkpoint(path, args, *names):
-    """A checkpoint that has args' own settings `names`. Nothing in it is executed."""
+    """A checkpoint with the settings `names` of args. Nothing in it is executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         made_with = saved["args"]
@@ -607,7 +607,7 @@ def open_log(args, folder, size, global_step):
         import wandb  # not among the requirements
 
         wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
-    try:  # makes the folder; the process holds the lock until it ends
+    try:  # makes the folder; others are kept out while `lock` lives
         lock = FileLock(folder / "lock").acquire(blocking=False)
     except OSError as error:
         sys.exit(f"{folder} cannot be used (is another process at work in it?): {error}")
@@ -638,7 +638,7 @@ def main():
     def catch(number, _):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        with suppress(OSError):  # the terminal may be gone
+        with suppress(OSError, RuntimeError):  # stderr may be gone, or busy with the bar
             print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):
