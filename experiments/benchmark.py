@@ -93,7 +93,7 @@ def measure(name, flags):
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     add = parser.add_argument
-    add("--repetitions", type=int, default=5, help="how often each is measured (default: 5)")
+    add("--repetitions", type=int, choices=range(1, 10), default=5, help="of each (default: 5)")
     add("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="measure only these")
     add("--flags", default="", help="flags of vae_ppo.py, like --flags='--num-envs 8'")
     options = parser.parse_args()

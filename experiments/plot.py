@@ -146,8 +146,7 @@ def figures(options):
 def table(options):
     print("| run |", *[f"{mark / 1e6:g}M |" for mark in MARKS], "\n|---|" + "---|" * len(MARKS))
     for model in options.models:
-        cells = [model]
-        seeds = read_scores(model)
+        cells, seeds = [model], read_scores(model)
         for mark in MARKS:
             if mark < 1.001 * min(seed[0, -1] for seed in seeds):  # to a rollout
                 found = [np.interp(mark, *seed) for seed in seeds]
@@ -158,6 +157,7 @@ def table(options):
 def publish(options):
     for folder in options.folders:
         name = folder.name.removeprefix("Breakout-")
+        (folder / "metrics.csv").exists() or sys.exit(f"{folder} has no metrics.csv")
         header, *rows = csv.reader((folder / "metrics.csv").open())
         thinned = rows[:: -max(1, len(rows) // 200)][::-1]  # the last row stays
         short = [[x if x.isdigit() else f"{float(x or 'nan'):.4g}" for x in row] for row in thinned]
