@@ -566,7 +566,7 @@ def load_checkpoint(path, args, *names):
     """A checkpoint with the settings `names` of args. Nothing in it is executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = saved["args"]
+        made_with, _ = saved["args"], saved["weights"]
     except Exception as error:  # the file is missing, damaged, or not ours
         sys.exit(f"{path} is no checkpoint of vae_ppo.py: {error!r:.90}")
     for name in names:
