@@ -157,12 +157,12 @@ def table(options):
 def publish(options):
     for folder in options.folders:
         name = folder.name.removeprefix("Breakout-")
-        (folder / "metrics.csv").exists() or sys.exit(f"{folder} has no metrics.csv")
-        header, *rows = csv.reader((folder / "metrics.csv").open())
-        thinned = rows[:: -max(1, len(rows) // 200)][::-1]  # the last row stays
-        short = [[x if x.isdigit() else f"{float(x or 'nan'):.4g}" for x in row] for row in thinned]
-        np.savetxt(RESULTS / f"{name}.csv", [header, *short], fmt="%s", delimiter=",")
-        if (scores := Path("watched", folder.name, f"scores-{rows[-1][0]}-100.json")).exists():
+        lines = [row for path in folder.glob("metrics.csv") for row in csv.reader(path.open())]
+        lines[1:] or sys.exit(f"{folder} has no row in metrics.csv")
+        thinned = lines[: 0 : -max(1, len(lines) // 200)][::-1]  # the last row stays
+        short = [[x if x.isdigit() else f"{float(x):.4g}" for x in row] for row in thinned]
+        np.savetxt(RESULTS / f"{name}.csv", [lines[0], *short], fmt="%s", delimiter=",")
+        if (scores := Path("watched", folder.name, f"scores-{lines[-1][0]}-100.json")).exists():
             (RESULTS / f"{name}.json").write_text(scores.read_text())
         if options.weights:
             saved = torch.load(folder / "checkpoint.pt", "cpu", weights_only=True)
