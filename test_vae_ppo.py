@@ -265,10 +265,9 @@ def test_masked_steps_have_no_influence():
     results = []
     for other in (1, 50):
         logits, value, mb = random_minibatch()
-        masked = mb["reset_row"]
         for x in (logits.data, value.data, *(x for x in mb.values() if x.is_floating_point())):
-            x[masked] *= other
-        mb["actions"][masked] = other % 3
+            x[mb["reset_row"]] *= other
+        mb["actions"][mb["reset_row"]] = other % 3
         loss, metrics = vae_ppo.ppo_loss(logits, value, mb, args)
         loss.backward()
         results.append((loss, logits.grad, value.grad, *metrics.values()))
@@ -469,8 +468,7 @@ def test_a_lost_life_ends_the_episode_and_fire_serves(breakout):
 def test_scores_are_those_of_whole_games(breakout):
     """Scores are sums of raw rewards over whole games, five lives: of the last 100 games."""
     games, log, _ = breakout
-    total = np.zeros(4)
-    scores = []
+    total, scores = np.zeros(4), []
     for step in log[:-1]:
         total += step["reward"]
         for n in np.flatnonzero(step["done"] & (step["lives"] == 0)):
@@ -495,10 +493,9 @@ def test_preprocessing_is_that_of_opencv():
     """Frames equal, to the pixel, skip 4, max of two, grey and INTER_AREA on raw ALE screens."""
     envs, serve = vae_ppo.make_envs(make_args("joint", "--num-envs 2"))
     obs, info = envs.reset(seed=np.array([5, 6]))
-    noops = info["episode_frame_number"]
     actions = np.random.default_rng(0).integers(0, 4, (60, 2))
     frames = np.stack([obs, *(envs.step(action)[0] for action in actions)])[:, :, 0]
-    for n, first in enumerate(noops - 1):
+    for n, first in enumerate(info["episode_frame_number"] - 1):
         ale = ale_py.ALEInterface()
         ale.setLoggerMode(ale_py.LoggerMode.Error)
         ale.setFloat("repeat_action_probability", 0.0)
@@ -691,22 +688,23 @@ def test_the_gradient_is_clipped(limit, length):
 
 
 # ---- Pretraining ----
-@pytest.mark.parametrize("num_stack, latent_dim", ((None, None), (4, 20), (1, 9)))
-def test_pretraining_frames_are_those_of_its_player(num_stack, latent_dim, monkeypatch):
-    """num_frames frames of the games are played by --policy, whatever its sizes, or by chance."""
+@pytest.mark.parametrize("num_stack, latent_dim, n", ((None, None, 1), (4, 20, 1), (1, 9, 2)))
+def test_pretraining_frames_are_those_of_its_player(num_stack, latent_dim, n, monkeypatch):
+    """--policy, whatever its sizes, or chance plays num_frames, a share for each of n processes."""
     flags = "--num-frames 13"
     if num_stack:
         policy = make_agent(num_stack, latent_dim).state_dict()
         saved = vars(make_args("joint", f"--num-stack {num_stack} --latent-dim {latent_dim}"))
         torch.save({"weights": policy, "args": saved}, "policy.pt")
         flags += " --policy policy.pt"
+    monkeypatch.setenv("WORLD_SIZE", str(n))
     calls = []
     spy(monkeypatch, "rollout", lambda *inputs: calls.append(inputs))
     games = vae_ppo.Games(NoiseEnvs(2), 1, None)
     frames = vae_ppo.collect_frames(make_args("pretrain", flags), games, 3, torch.device("cpu"))
     played = np.concatenate([obs[:, 0] for obs, *_ in games.envs.seen])
-    assert np.array_equal(frames, played[:13])
     ((player, _, buffer),) = calls
+    assert np.array_equal(frames, played[: 13 // n]) and buffer.T == (7, 4)[n - 1]
     assert same(player.state_dict(), policy) if num_stack else (buffer.logits == 0).all()
 
 
@@ -739,8 +737,7 @@ def test_equal_seeds_are_bitwise_equal_and_others_differ(joint_runs):
     """Equal seeds give bitwise equal weights and logs, with any number of emulator threads."""
     a, b, c = (load(joint_runs / name)["weights"] for name in "abc")
     assert same(a, b) and not same(a, c)
-    rows = [rows_of(joint_runs / name) for name in "abc"]
-    for a, b, c in zip(*rows, strict=True):
+    for a, b, c in zip(*(rows_of(joint_runs / name) for name in "abc"), strict=True):
         assert {**a, "charts/SPS": ""} == {**b, "charts/SPS": ""}
         assert a["vae/kl"] != c["vae/kl"]
 
@@ -1163,9 +1160,12 @@ WEIGHTS = sorted((HERE / "experiments/weights").glob("*.pt"))
 
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
 def test_published_weights_serve(path):
-    """fixed starts from the published VAE; published agents play for pretrain."""
+    """fixed starts from the published VAE; published agents play for pretrain; none is resumed."""
     mode, flags = ("fixed", "") if "pretrain" in path.name else ("pretrain", f"--policy {path}")
     assert run(tiny(mode, flags, vae=path)) is None
+    shutil.copy(path, "runs/r/checkpoint.pt")
+    mode = load("runs/r")["args"]["mode"]
+    assert "no state of Adam" in run(tiny(mode, "--resume", vae=path))
 
 
 @pytest.mark.skipif(not (HERE / "experiments").exists(), reason="only the repository has them")

@@ -41,27 +41,27 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # ---- Arguments ----
-COUNT, WEIGHT, SHARE = (1, 1e9), (0, 1e9), (0, 1)
+COUNT, FROM_0, SHARE = (1, 1e9), (0, 1e9), (0, 1)
 FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in their code)
     ("run", "env-id", "ALE/Breakout-v5", None, "a game of ale-py (paper: Breakout)"),
-    ("run", "seed", 1, WEIGHT, "of weights, actions and games"),
+    ("run", "seed", 1, FROM_0, "of weights, actions and games"),
     ("run", "cuda", True, None, "use the GPU, if there is one"),
     ("run", "runs-dir", "runs", None, "folder of all runs"),
     ("run", "run-name", "", None, "the run's folder; by default named by the flags"),
     ("run", "resume", False, None, "go on from the checkpoint, with new games"),
     ("run", "checkpoint-every", 20, COUNT, "iterations between checkpoints"),
     ("run", "track", False, None, "log to Weights & Biases too"),
-    ("run", "learning-rate", 0.0, WEIGHT, "of Adam; 0: 1e-4, 1e-3, 5e-4, 1e-3"),
+    ("run", "learning-rate", 0.0, FROM_0, "of Adam; 0: 1e-3 (adapt 5e-4, pretrain 1e-4)"),
     ("run", "num-envs", 16, (1, 4096), "N, games at once (authors)"),
     ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper: none)"),
-    ("run", "env-threads", 0, WEIGHT, "threads of the emulator; 0: one per core"),
+    ("run", "env-threads", 0, FROM_0, "threads of the emulator; 0: one per core"),
     ("run", "latent-dim", 20, COUNT, "numbers in z (authors)"),
     ("frames", "policy", "", None, "checkpoint of the player; without it, random actions"),
     ("frames", "num-frames", 25_000, COUNT, "frames to learn from (paper)"),
     ("frames", "vae-epochs", 20, COUNT, "passes over these frames"),
     ("vae", "vae", "", None, "checkpoint of the pretrained VAE"),
     ("kappa", "kappa", 20.0, (1e-6, 1e9), "weight of L_PPO (paper's best)"),
-    ("L_VAE", "beta", 1.0, WEIGHT, "weight of the KL in L_VAE (paper)"),
+    ("L_VAE", "beta", 1.0, FROM_0, "weight of the KL in L_VAE (paper)"),
     ("L_PPO", "total-timesteps", 10_000_000, COUNT, "steps of 4 game frames (paper)"),
     ("L_PPO", "anneal-lr", True, None, "learning rate falls linearly to 0 (authors)"),
     ("L_PPO", "num-steps", 128, COUNT, "T, steps of a rollout (authors)"),
@@ -72,12 +72,12 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
     ("L_PPO", "gae-lambda", 0.95, SHARE, "lambda of GAE (authors)"),
     ("L_PPO", "norm-adv", True, None, "normalise advantages (CleanRL)"),
-    ("L_PPO", "clip-coef", 0.1, WEIGHT, "epsilon of J_clip and L_V (authors: falls to 0)"),
+    ("L_PPO", "clip-coef", 0.1, FROM_0, "epsilon of J_clip and L_V (authors: falls to 0)"),
     ("L_PPO", "clip-vloss", True, None, "clip the value loss too (authors)"),
-    ("L_PPO", "ent-coef", 0.01, WEIGHT, "c_H, weight of the entropy (authors)"),
-    ("L_PPO", "vf-coef", 0.5, WEIGHT, "c2, weight of the value loss (authors)"),
-    ("L_PPO", "max-grad-norm", 0.5, WEIGHT, "largest gradient norm; 0: none (authors)"),
-    ("L_PPO", "target-kl", 0.015, WEIGHT, "KL that ends an update; 0: none (authors: fixed)"),
+    ("L_PPO", "ent-coef", 0.01, FROM_0, "c_H, weight of the entropy (authors)"),
+    ("L_PPO", "vf-coef", 0.5, FROM_0, "c2, weight of the value loss (authors)"),
+    ("L_PPO", "max-grad-norm", 0.5, FROM_0, "largest gradient norm; 0: none (authors)"),
+    ("L_PPO", "target-kl", 0.015, FROM_0, "KL that ends an update; 0: none"),
 ]
 
 
@@ -284,14 +284,14 @@ def minibatch_loss(agent, buffer, segments, args):
 
 # ---- Environment ----
 def make_envs(args):
-    """ale-py's games and the action that serves: FIRE, or NOOP in a game without it."""
+    """ale-py's games and the action that serves the ball: FIRE, or else NOOP."""
     if not args.env_id.startswith("ALE/") or args.env_id not in gym.registry:
         sys.exit(f"--env-id {args.env_id} is not a game of ale-py, like ALE/Breakout-v5")
     envs = gym.make_vec(
         args.env_id,
         num_envs=args.num_envs,
         num_threads=args.env_threads,
-        repeat_action_probability=args.repeat_action_probability,  # default: 0.25
+        repeat_action_probability=args.repeat_action_probability,  # ale-py: 0.25
         img_height=FRAME_SIZE,
         img_width=FRAME_SIZE,
         stack_num=1,
@@ -303,8 +303,8 @@ def make_envs(args):
 
 
 class Games:
-    """N games. The step after any `done` is a reset row, which belongs to no episode:
-    after a lost life its action serves, after a game over it begins the new game."""
+    """N games. The step after an episode's end is a reset row, which is in no episode:
+    after a lost life it serves the ball, after a whole game it begins a new one."""
 
     def __init__(self, envs, serve, seed, scores=()):
         obs, info = envs.reset(seed=seed)  # game n has seed + n
@@ -344,7 +344,7 @@ class Buffer:
         with torch.device(device):
             self.frames = torch.zeros(rows, N, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8)
             self.mu = torch.zeros(rows, N, agent.mu.out_features)
-            self.stack = torch.full((T + 1, N, agent.num_stack), rows - 1)  # see rollout
+            self.stack = torch.full((T + 1, N, agent.num_stack), self.C + T)  # new games
             self.reset_row = torch.zeros(T + 1, N, dtype=torch.bool)
             self.terminated = torch.zeros(T, N, dtype=torch.bool)
             self.actions = torch.zeros(T, N, dtype=torch.long)
@@ -359,7 +359,7 @@ def act(agent, buffer, t):
     """Step t on the device: encode the newest frame, evaluate pi and V, draw actions."""
     row = buffer.C + t
     if t > 0:  # stack[t] has the newest rows, but none from before the episode
-        first = buffer.stack[t - 1, :, :1].masked_fill(buffer.reset_row[t - 1, :, None], row)
+        first = buffer.stack[t - 1, :, 0].masked_fill(buffer.reset_row[t - 1], row)[:, None]
         buffer.stack[t] = torch.arange(t, row + 1, device=first.device).maximum(first)
     buffer.mu[row], _ = agent.encode(buffer.frames[row])
     features = stack_features(buffer.mu, buffer.stack[t])
@@ -387,7 +387,7 @@ def rollout(agent, games, buffer):
 
 
 def gae(buffer, gamma, gae_lambda):
-    """Fill in advantages and returns, both (T, N) (Schulman et al. 2016)."""
+    """Fill in advantages and returns of the T steps (Schulman et al. 2016)."""
     for t in reversed(range(buffer.T)):
         next_value = buffer.values[t + 1] * ~buffer.terminated[t]  # not 0, if truncated
         delta = buffer.rewards[t] + gamma * next_value - buffer.values[t]
@@ -427,7 +427,7 @@ def mean_over_ranks(x):
 
 
 def clipped_gradient(optimizer, loss, max_grad_norm=0.0):
-    """Compute and clip the gradient, a mean over processes. Returns its norm before."""
+    """Compute and clip the gradient, a mean over processes. Returns the unclipped norm."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
@@ -471,7 +471,7 @@ def learn_policy(agent, optimizer, games, args, steps):
 
 # ---- Pretraining ----
 def collect_frames(args, games, num_actions, device):
-    """Frames (num_frames, 84, 84) uint8 of games played by --policy, or at random."""
+    """Frames (num_frames / world_size, 84, 84) uint8, played by --policy, or at random."""
     if args.policy:
         saved = load_checkpoint(args.policy, args, "env_id")
         player = Agent(num_actions, saved["args"]["latent_dim"], saved["args"]["num_stack"])
@@ -479,10 +479,10 @@ def collect_frames(args, games, num_actions, device):
     else:
         player = Agent(num_actions, args.latent_dim, args.num_stack)
         nn.init.zeros_(player.actor.weight)  # all actions are equally likely
-    T = int(np.ceil(args.num_frames / args.num_envs))
+    T = int(np.ceil(args.num_frames / args.num_envs / args.world_size))
     buffer = Buffer(player, T, args.num_envs, device)
     rollout(player.to(device), games, buffer)
-    return buffer.frames[buffer.C : -1].flatten(0, 1)[: args.num_frames]
+    return buffer.frames[buffer.C :].flatten(0, 1)[: args.num_frames // args.world_size]
 
 
 def learn_vae(agent, optimizer, games, args, steps):
@@ -582,7 +582,7 @@ def restore(agent, optimizer, args, folder):
         return 0, [], 0
     saved = load_checkpoint(path, args, "mode", "env_id", "latent_dim", "num_stack")
     agent.load_state_dict(saved["weights"])
-    optimizer.load_state_dict(saved["optimizer"])
+    optimizer.load_state_dict(saved.get("optimizer") or sys.exit(f"{path} has no state of Adam"))
     for p, state in optimizer.state.items():
         if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:  # else a crash
             sys.exit(f"{path} has the optimizer's state of another network")
