@@ -497,7 +497,6 @@ def test_preprocessing_is_that_of_opencv():
     frames = np.stack([obs, *(envs.step(action)[0] for action in actions)])[:, :, 0]
     for n, first in enumerate(info["episode_frame_number"] - 1):
         ale = ale_py.ALEInterface()
-        ale.setLoggerMode(ale_py.LoggerMode.Error)
         ale.setFloat("repeat_action_probability", 0.0)
         ale.loadROM(ale_py.roms.get_rom_path("breakout"))
         ale.reset_game()
@@ -593,8 +592,7 @@ def test_gae_by_hand():
 def test_gae_is_the_quadratic_sum(T, N, gamma, gae_lambda, seed):
     """On every step but a reset row, GAE is its O(T^2) definition over its own episode alone."""
     rng = np.random.default_rng(seed)
-    rewards = rng.normal(size=(T, N))
-    values = rng.normal(size=(T + 1, N))
+    rewards, values = rng.normal(size=(T, N)), rng.normal(size=(T + 1, N))
     terminated, truncated = rng.random((2, T, N)) < 0.2
     reset_row = np.vstack([np.zeros((1, N), dtype=bool), terminated | truncated])
     noisy = np.where(reset_row[:-1], 1e6, rewards)  # what a reset row pays belongs to nobody
@@ -911,11 +909,15 @@ def test_a_run_under_nohup_outlives_its_terminal():
 
 
 def test_train_runs_in_a_thread():
-    """train() works where signals cannot be caught, as in a notebook."""
+    """train() works where signals cannot be caught and errors are kept, as in a notebook."""
     thread = threading.Thread(target=run, args=(tiny("joint"),))
     thread.start()
     thread.join()
-    assert steps_of("runs/r") == [32]
+    argv = tiny("joint", "--resume --total-timesteps 64")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError) as kept:
+        spy(patch, "update", lambda *_: 1 / 0)
+        run(argv)
+    assert kept.tb and run(argv) is None and steps_of("runs/r") == [32, 64]
 
 
 def test_a_second_process_in_a_live_run_is_refused():
@@ -1164,8 +1166,7 @@ def test_published_weights_serve(path):
     mode, flags = ("fixed", "") if "pretrain" in path.name else ("pretrain", f"--policy {path}")
     assert run(tiny(mode, flags, vae=path)) is None
     shutil.copy(path, "runs/r/checkpoint.pt")
-    mode = load("runs/r")["args"]["mode"]
-    assert "no state of Adam" in run(tiny(mode, "--resume", vae=path))
+    assert "no state of Adam" in run(tiny(load("runs/r")["args"]["mode"], "--resume", vae=path))
 
 
 @pytest.mark.skipif(not (HERE / "experiments").exists(), reason="only the repository has them")
@@ -1203,14 +1204,13 @@ def test_every_command_is_read_and_finds_what_another_left():
     assert {run.vae or run.policy for run in runs} <= {"", *left}
 
 
-def test_the_environment_of_the_readme_plays(monkeypatch):
+def test_the_environment_of_the_readme_plays():
     """README's make_envs takes a game of gymnasium's own, one process and no vector emulator."""
     (code,) = [block for block in blocks() if "def make_envs(" in block]
     scope = {"gym": vae_ppo.gym}
     exec(code, scope)
-    monkeypatch.setattr(vae_ppo, "make_envs", scope["make_envs"])
     args = make_args("joint", "--env-id ALE/Pong-v5 --num-envs 2")
-    games = vae_ppo.Games(*vae_ppo.make_envs(args), args.seed)
+    games = vae_ppo.Games(*scope["make_envs"](args), args.seed)
     for _ in range(1100):  # Pong's first game is over after some 800 to 1 000 steps
         games.step(np.zeros(2, dtype=int))
     assert games.frame.shape == (2, 84, 84) and games.frame.dtype == np.uint8
@@ -1242,8 +1242,8 @@ def test_a_guide_of_0_is_the_papers_loss(joint_runs):
     """With guided.patch, --guide 0 is bitwise the script; 0.9 leaves a tenth to each pixel."""
     guided = patched((HERE / "experiments/guided.patch").read_text())
     for name, guide in (("a", 0), ("b", 0.9)):
-        argv = tiny("joint", f"--total-timesteps 64 --guide {guide}", name)
-        guided["train"](guided["parse_args"](argv))
+        flags = f"--total-timesteps 64 --guide {guide}"
+        guided["train"](guided["parse_args"](tiny("joint", flags, name)))
     a, b = (load(f"runs/{name}")["weights"] for name in "ab")
     assert same(a, load(joint_runs / "a")["weights"]) and not same(a, b)
     weight = guided["pixel_weights"](make_agent(), play(make_agent())[0], 0.9)

@@ -56,7 +56,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper: none)"),
     ("run", "env-threads", 0, FROM_0, "threads of the emulator; 0: one per core"),
     ("run", "latent-dim", 20, COUNT, "numbers in z (authors)"),
-    ("frames", "policy", "", None, "checkpoint of the player; without it, random actions"),
+    ("frames", "policy", "", None, "a player's checkpoint; without it, random actions"),
     ("frames", "num-frames", 25_000, COUNT, "frames to learn from (paper)"),
     ("frames", "vae-epochs", 20, COUNT, "passes over these frames"),
     ("vae", "vae", "", None, "checkpoint of the pretrained VAE"),
@@ -189,7 +189,7 @@ def vae_loss(agent, frames, mu, logvar, args):
     z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
     logits = agent.decoder(z)
     nats = nn.BCEWithLogitsLoss(reduction="sum")(logits, frames / 255)
-    recon_loss = nats / frames.shape[:-2].numel()  # -E_q[log p(x|z)]
+    recon_loss = nats / mu.shape[:-1].numel()  # -E_q[log p(x|z)]
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1).mean()  # KL(q || N(0, I))
     l_vae = recon_loss + args.beta * kl  # eq. 2, negated: a loss
     metrics = {"vae/recon_loss": recon_loss, "vae/kl": kl}
@@ -234,7 +234,7 @@ def ppo_loss(logits, value, mb, args):
 
 # ---- Modes: the paper on one screen ----
 VAE = ("encoder", "mu", "logvar", "decoder")
-POLICY = ("trunk", "actor", "critic")
+POLICY = ("trunk", "actor", "critic")  # what is in neither tuple is never trained
 Mode = namedtuple("Mode", "networks learning_rate flags")  # flags: groups of FLAGS
 MODES = {  # Adam trains `networks`; a mode with the flag --vae starts from that VAE
     "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE, eq. 2
@@ -437,7 +437,7 @@ def clipped_gradient(optimizer, loss, max_grad_norm=0.0):
 
 
 def mean_metrics(history):
-    """Means over an iteration's minibatches and all processes."""
+    """Means of metrics, tensors (), over an iteration's minibatches and all processes."""
     means = [torch.stack([m[name] for m in history]).mean() for name in history[0]]
     numbers = mean_over_ranks(torch.stack(means)).tolist()  # one wait for the device
     return dict(zip(history[0], numbers, strict=True))
@@ -608,7 +608,7 @@ def open_log(args, folder, size, global_step):
 
         wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
     try:  # makes the folder; others are kept out while `lock` lives
-        lock = FileLock(folder / "lock").acquire(blocking=False)
+        lock = FileLock(folder.resolve() / "lock", is_singleton=True).acquire(blocking=False)
     except OSError as error:
         sys.exit(f"{folder} cannot be used (is another process at work in it?): {error}")
     file = open(folder / "metrics.csv", "a+", newline="", buffering=1)
@@ -624,7 +624,7 @@ def write_log(file, tensorboard, row):
         print(*row, sep=",", file=file)
     file.seek(0)
     if file.readline().strip() != ",".join(row):
-        sys.exit(f"\n{file.name} has other columns: choose another --run-name")
+        sys.exit(f"\n{file.name} has other columns: copy checkpoint.pt to another run")
     print(*row.values(), sep=",", file=file)
     for name, value in row.items():
         tensorboard.add_scalar(name, value, row["global_step"])
