@@ -124,11 +124,11 @@ BAD = [  # flags, and words of the sentence
     ("--mode joint --num-steps 100 --num-minibatches 2", "--segment-length --num-steps"),
     ("--mode joint --total-timesteps 2047", "--total-timesteps 2048"),
     ("--mode joint --run-name none --resume", "runs/none --resume"),
-    ("--mode joint --run-name old", "runs/old exists --resume --run-name"),
+    ("--mode joint --run-name old", "runs/old new --resume --run-name"),
     ("--mode joint --env-id ALE/Breakot-v5", "Breakot ALE/Breakout-v5"),
     ("--mode joint --env-id CartPole-v1", "CartPole-v1 ALE/Breakout-v5"),
     ("--mode joint --num-envs 2 --num-minibatches 2 --runs-dir file/below", "file"),
-    ("--mode joint --run-name ..", "folder .."),
+    ("--mode joint --run-name .. --resume", "new .."),
 ]
 
 

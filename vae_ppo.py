@@ -1,12 +1,10 @@
 """Guiding Representation Learning in Deep Generative Models with Policy Gradients.
+A VAE that is trained alone on Breakout leaves out the ball. Policy gradients put it in.
 
     python vae_ppo.py --mode joint --kappa 20 --cuda
     python vae_ppo.py --mode pretrain --policy runs/Breakout-joint-kappa20-seed1/checkpoint.pt
     python vae_ppo.py --mode fixed --vae runs/Breakout-pretrain-seed1/checkpoint.pt
     python vae_ppo.py --mode adapt --vae runs/Breakout-pretrain-seed1/checkpoint.pt
-
-A VAE that is trained alone on Atari Breakout leaves out the ball, so a policy that sees
-only its latent space hardly scores. Policy gradients through the encoder put the ball in.
 
     x            a frame, grey, uint8
     mu, logvar   mean and log-variance of q(z|x), which the encoder gives
@@ -15,28 +13,23 @@ only its latent space hardly scores. Policy gradients through the encoder put th
     T, N         steps of a rollout, games played at once
     L, B         steps of a segment of one game, segments of a minibatch
     C            num_stack - 1: the earlier frames that a segment's first step sees
-    L_VAE, L_PPO losses of the VAE (eq. 2) and of the policy (eq. 5)
 """
 
 import argparse
 import os
 import signal
 import sys
-import time
 from collections import deque, namedtuple
 from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep
-
 import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 from filelock import FileLock
-from torch.distributions import Categorical
+from torch import distributed, distributions, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -72,7 +65,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
     ("L_PPO", "gae-lambda", 0.95, SHARE, "lambda of GAE (authors)"),
     ("L_PPO", "norm-adv", True, None, "normalise advantages (CleanRL)"),
-    ("L_PPO", "clip-coef", 0.1, FROM_0, "epsilon of J_clip and L_V (authors: falls to 0)"),
+    ("L_PPO", "clip-coef", 0.1, FROM_0, "epsilon of J_clip, L_V (authors: falls to 0)"),
     ("L_PPO", "clip-vloss", True, None, "clip the value loss too (authors)"),
     ("L_PPO", "ent-coef", 0.01, FROM_0, "c_H, weight of the entropy (authors)"),
     ("L_PPO", "vf-coef", 0.5, FROM_0, "c2, weight of the value loss (authors)"),
@@ -83,9 +76,8 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
 
 def parse_args(argv=None):
     """The checked command line. What is wrong ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="vae_ppo.py --mode MODE [flags]", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = "vae_ppo.py --mode MODE [flags]"
     parser.add_argument("--mode", choices=MODES, required=True)
     for group, name, default, _, text in FLAGS:
         users = ", ".join(mode for mode in MODES if group in MODES[mode].flags)
@@ -101,24 +93,17 @@ def parse_args(argv=None):
             parser.error(f"--mode {args.mode} does not use --{name}")
         if limits and not limits[0] <= value <= limits[1]:  # NaN is outside, too
             parser.error(f"--{name} must be from {limits[0]} to {limits[1]:g}, not {value}")
-    if "vae" in mode.flags and not args.vae:
-        parser.error(f"--mode {args.mode} needs --vae, a checkpoint of --mode pretrain")
     segments = args.num_steps // args.segment_length * args.num_envs
     if args.num_steps % args.segment_length or segments % args.num_minibatches:
         parser.error("--segment-length must divide --num-steps, and --num-minibatches the segments")
     args.learning_rate = args.learning_rate or mode.learning_rate
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)  # processes, by torchrun
     args.batch_size = args.num_steps * args.num_envs * args.world_size
-    if args.mode == "pretrain":  # its steps are frames, its iterations epochs
-        args.batch_size = args.num_frames
-        args.total_timesteps = args.vae_epochs * args.batch_size
     if not 1 <= args.batch_size <= args.total_timesteps:
-        parser.error(f"--total-timesteps must be at least {args.batch_size}, an iteration")
+        parser.error(f"--total-timesteps must be {args.batch_size} or more, an iteration")
     game = args.env_id.split("/")[-1].removesuffix("-v5")
     kappa = f"-kappa{args.kappa:g}" if "kappa" in mode.flags else ""
     args.run_name = args.run_name or f"{game}-{args.mode}{kappa}-seed{args.seed}"
-    if Path(args.run_name).name != args.run_name or args.run_name == "..":
-        parser.error(f"--run-name must name a folder, not {args.run_name}")
     return args
 
 
@@ -178,7 +163,7 @@ class Agent(nn.Module):
 
 
 def stack_features(mu, stack):
-    """U (..., N, num_stack * latent_dim): the rows `stack` of mu (rows, N, latent_dim)."""
+    """U (..., N, num_stack * latent_dim): rows `stack` of mu (rows, N, latent_dim)."""
     column = torch.arange(mu.shape[1], device=mu.device)[:, None]
     return mu[stack, column].flatten(-2)
 
@@ -187,8 +172,7 @@ def stack_features(mu, stack):
 def vae_loss(agent, frames, mu, logvar, args):
     """L_VAE, metrics: sums over pixels and latents, means over frames (..., 84, 84)."""
     z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
-    logits = agent.decoder(z)
-    nats = nn.BCEWithLogitsLoss(reduction="sum")(logits, frames / 255)
+    nats = nn.BCEWithLogitsLoss(reduction="sum")(agent.decoder(z), frames / 255)
     recon_loss = nats / mu.shape[:-1].numel()  # -E_q[log p(x|z)]
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1).mean()  # KL(q || N(0, I))
     l_vae = recon_loss + args.beta * kl  # eq. 2, negated: a loss
@@ -203,8 +187,8 @@ def masked_mean(x, valid):
 
 def ppo_loss(logits, value, mb, args):
     """L_PPO, metrics: logits (..., num_actions), value (...); `mb` has the rollout's."""
-    pi = Categorical(logits=logits)
-    pi_old = Categorical(logits=mb["logits"])
+    pi = distributions.Categorical(logits=logits)
+    pi_old = distributions.Categorical(logits=mb["logits"])
     valid = ~mb["reset_row"]
     advantages = mb["advantages"]
     if args.norm_adv:
@@ -250,8 +234,9 @@ def make_agent(args, num_actions, device):
     agent = Agent(num_actions, args.latent_dim, args.num_stack).to(device)
     if args.policy and load_checkpoint(args.policy, args, "env_id")["args"]["mode"] == "pretrain":
         sys.exit(f"--policy {args.policy} is of --mode pretrain, which has no policy")
-    if args.vae:
-        saved = load_checkpoint(args.vae, args, "env_id", "latent_dim")
+    if "vae" in MODES[args.mode].flags:
+        path = args.vae or sys.exit(f"--mode {args.mode} needs --vae, a checkpoint of pretrain")
+        saved = load_checkpoint(path, args, "env_id", "latent_dim")
         new_policy = {k: x for k, x in agent.state_dict().items() if k.startswith(POLICY)}
         agent.load_state_dict(saved["weights"] | new_policy)
     trained = nn.ModuleList(getattr(agent, name) for name in MODES[args.mode].networks)
@@ -366,7 +351,7 @@ def act(agent, buffer, t):
     logits, buffer.values[t] = agent.policy(features)
     if t < buffer.T:
         buffer.logits[t] = logits
-        buffer.actions[t] = Categorical(logits=logits).sample()
+        buffer.actions[t] = distributions.Categorical(logits=logits).sample()
 
 
 @torch.no_grad()
@@ -382,7 +367,7 @@ def rollout(agent, games, buffer):
         act(agent, buffer, t)
         if t < T:  # step T begins the next rollout: here its V is wanted, to bootstrap
             reward, terminated = games.step(buffer.actions[t].cpu().numpy())
-            buffer.rewards[t] = torch.from_numpy(np.sign(reward))  # PPO learns from the sign
+            buffer.rewards[t] = torch.from_numpy(np.sign(reward))  # PPO sees the sign
             buffer.terminated[t] = torch.from_numpy(terminated)
 
 
@@ -420,14 +405,14 @@ def gather(buffer, segments, L):
 
 def mean_over_ranks(x):
     """The mean of x over the processes of torchrun; x itself where there is one."""
-    if dist.is_initialized():
-        x = x / dist.get_world_size()
-        dist.all_reduce(x)
+    if distributed.is_initialized():
+        x = x / distributed.get_world_size()
+        distributed.all_reduce(x)
     return x
 
 
 def clipped_gradient(optimizer, loss, max_grad_norm=0.0):
-    """Compute and clip the gradient, a mean over processes. Returns the unclipped norm."""
+    """Compute and clip the mean gradient of all processes. Returns the unclipped norm."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward()
@@ -444,7 +429,7 @@ def mean_metrics(history):
 
 
 def update(agent, optimizer, buffer, args):
-    """PPO on one rollout, until the KL passes --target-kl. Returns means, and the last KL."""
+    """PPO on a rollout until the KL passes --target-kl. Returns means and the last KL."""
     gae(buffer, args.gamma, args.gae_lambda)
     history = []
     for segments in minibatches(buffer, args):
@@ -471,7 +456,7 @@ def learn_policy(agent, optimizer, games, args, steps):
 
 # ---- Pretraining ----
 def collect_frames(args, games, num_actions, device):
-    """Frames (num_frames / world_size, 84, 84) uint8, played by --policy, or at random."""
+    """Frames (num_frames / world_size, 84, 84) uint8, played by --policy or at random."""
     if args.policy:
         saved = load_checkpoint(args.policy, args, "env_id")
         player = Agent(num_actions, saved["args"]["latent_dim"], saved["args"]["num_stack"])
@@ -504,13 +489,13 @@ def learn_vae(agent, optimizer, games, args, steps):
 # ---- Training ----
 def start_process(args):
     """Set up torch and join torchrun's processes, if any. Returns the device and rank."""
-    Categorical.set_default_validate_args(False)  # validation waits for the device
+    distributions.Categorical.set_default_validate_args(False)  # it waits for the device
     torch.backends.cudnn.deterministic = True  # equal seeds give equal bits
     use_cuda = args.cuda and torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if args.world_size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        distributed.init_process_group("nccl" if use_cuda else "gloo")
     return torch.device("cuda" if use_cuda else "cpu"), int(os.environ.get("RANK", "0"))
 
 
@@ -518,46 +503,43 @@ def train(args, signals=()):
     """Run a mode, from its checkpoint if any, to its end or the first of `signals`."""
     device, rank = start_process(args)
     folder = Path(args.runs_dir, args.run_name)
-    if rank == 0 and folder.exists() != args.resume:
-        problem = "does not exist: leave out" if args.resume else "exists: add"
-        sys.exit(f"{folder} {problem} --resume, or choose another --run-name")
-    if rank == 0:
-        print(f"{args.mode} of {args.env_id} on {device}: {folder}", flush=True)
+    if rank == 0 and (folder.exists() != args.resume or folder.resolve().name != args.run_name):
+        sys.exit(f"--run-name must be new, or with --resume an old one, not {folder}")
+    print(f"{args.mode} of {args.env_id} on {device}: {folder}", flush=True)
     envs, serve = make_envs(args)
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
-    global_step, scores, log_size = restore(agent, optimizer, args, folder)
+    global_step, scores, log_size = restore(agent, optimizer, args, folder / "checkpoint.pt")
     seed = int(np.random.default_rng([args.seed, rank, global_step]).integers(2**30))
     torch.manual_seed(seed)  # another in each process, and after a resume
     games = Games(envs, serve, seed, scores)
-    total, batch = args.total_timesteps, args.batch_size
+    learn, total, batch = learn_policy, args.total_timesteps, args.batch_size
+    if args.mode == "pretrain":  # its steps are frames, its iterations epochs
+        learn, total, batch = learn_vae, args.vae_epochs * args.num_frames, args.num_frames
     steps = range(global_step, total - batch + 1, batch)  # where iterations begin
     if rank == 0:
         lock, file, tensorboard = open_log(args, folder, log_size, global_step)
         bar = tqdm(initial=global_step, total=total, unit="step", unit_scale=True)
-    learn = learn_vae if args.mode == "pretrain" else learn_policy
-    start = time.perf_counter()
     for metrics in learn(agent, optimizer, games, args, steps):
         if not np.isfinite(metrics["grad/norm"]):  # in all processes at once
             sys.exit(f"\ngrad/norm is {metrics['grad/norm']}: lower --learning-rate")
         caught = mean_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
-        stop = caught or global_step == steps[-1]
         global_step += batch
         if rank == 0:
             charts = {
                 "global_step": global_step,
                 "charts/episodic_return": np.mean(games.scores or np.nan),
-                "charts/SPS": (global_step - steps[0]) / (time.perf_counter() - start),
+                "charts/SPS": (global_step - steps[0]) / (bar.format_dict["elapsed"] or np.nan),
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
             }
             write_log(file, tensorboard, charts | metrics)
-            if stop or global_step // batch % args.checkpoint_every == 0:
+            if caught or (total - global_step) // batch % args.checkpoint_every == 0:  # 0: the end
                 progress = {"scores": list(games.scores), "log_size": file.tell()}
                 progress |= {"global_step": global_step, "args": vars(args)}
                 save_checkpoint(folder, agent, optimizer, progress)
             with suppress(OSError):  # the terminal may be gone
                 bar.set_postfix(score=charts["charts/episodic_return"], refresh=False)
                 bar.update(batch)
-        if stop:
+        if caught:
             break
 
 
@@ -575,19 +557,16 @@ def load_checkpoint(path, args, *names):
     return saved
 
 
-def restore(agent, optimizer, args, folder):
+def restore(agent, optimizer, args, path):
     """Load the checkpoint, if any. Returns global_step, scores, size of metrics.csv."""
-    path = folder / "checkpoint.pt"
     if not path.exists():  # a new run, or one that was killed before its first checkpoint
         return 0, [], 0
     saved = load_checkpoint(path, args, "mode", "env_id", "latent_dim", "num_stack")
     agent.load_state_dict(saved["weights"])
     optimizer.load_state_dict(saved.get("optimizer") or sys.exit(f"{path} has no state of Adam"))
-    for p, state in optimizer.state.items():
-        if not p.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:  # else a crash
-            sys.exit(f"{path} has the optimizer's state of another network")
-    changed = vars(args).items() - saved["args"].items() - {("resume", True)}
-    print(f"from step {saved['global_step']} on, with new settings: {sorted(changed)}")
+    if any(p.shape != state["exp_avg"].shape for p, state in optimizer.state.items()):
+        sys.exit(f"{path} has the optimizer's state of another network")  # else a crash
+    print(f"from step {saved['global_step']} on with {vars(args).items() - saved['args'].items()}")
     return saved["global_step"], saved["scores"], saved["log_size"]
 
 
@@ -608,7 +587,7 @@ def open_log(args, folder, size, global_step):
 
         wandb.init(name=args.run_name, config=vars(args), sync_tensorboard=True)
     try:  # makes the folder; others are kept out while `lock` lives
-        lock = FileLock(folder.resolve() / "lock", is_singleton=True).acquire(blocking=False)
+        lock = FileLock(folder.resolve() / "lock", is_singleton=True).acquire(timeout=0)
     except OSError as error:
         sys.exit(f"{folder} cannot be used (is another process at work in it?): {error}")
     file = open(folder / "metrics.csv", "a+", newline="", buffering=1)
@@ -630,7 +609,6 @@ def write_log(file, tensorboard, row):
         tensorboard.add_scalar(name, value, row["global_step"])
 
 
-# ---- Main ----
 def main():
     """The program. A first Ctrl-C makes it save and end, a second one ends it at once."""
     signals = []

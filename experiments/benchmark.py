@@ -19,6 +19,7 @@ import vae_ppo
 
 CONTENDERS = ("emulator", "fixed", "adapt", "joint")
 CONTENDERS += ("naive joint, same networks", "naive joint, Nature CNN", "Stable-Baselines3 PPO")
+VAE = "experiments/weights/pretrain-seed1.pt"
 
 
 def naive_loss(agent, buffer, segments, args):
@@ -67,9 +68,8 @@ def iterate(name, flags):
         flags += " --segment-length 1"
     if name == "naive joint, Nature CNN":
         vae_ppo.Agent = NatureAgent
-    mode = f"{name} --vae unused" if name in ("fixed", "adapt") else "joint"
+    mode = f"{name} --vae {VAE}" if name in ("fixed", "adapt") else "joint"
     args = vae_ppo.parse_args(f"--mode {mode} --target-kl 0 --run-name unused {flags}".split())
-    args.vae = ""  # weights that nothing has trained are as fast
     device, _ = vae_ppo.start_process(args)
     games = vae_ppo.Games(*vae_ppo.make_envs(args), args.seed)
     agent, optimizer = vae_ppo.make_agent(args, 4, device)
