@@ -29,7 +29,7 @@ def load(path, **settings):
     args = Namespace(**saved["args"], global_step=saved["global_step"])
     agent = vae_ppo.Agent(len(saved["weights"]["actor.bias"]), args.latent_dim, args.num_stack)
     agent.load_state_dict(saved["weights"])
-    return args, agent
+    return args, agent.requires_grad_(False)
 
 
 def new_games(args, num_envs, seed):
@@ -58,7 +58,6 @@ def watch(player, args, num_envs, steps, seed=SEED):
     return stacks, balls, balls[:, 0].isfinite().nonzero()[:, 0]
 
 
-@torch.no_grad()
 def decode(agent, frames):
     """What the decoder makes of the mu of frames (B, 84, 84), between 0 and 1."""
     return agent.decoder(agent.encode(frames)[0]).sigmoid()
@@ -138,7 +137,7 @@ def read_balls(agent, frames, balls, parts):
     """Fit an MLP from mu to balls (B, 2). Returns what it reads in the test, and R^2 of x and y."""
     learn, stop, test = parts
     torch.manual_seed(0)
-    x = torch.cat([agent.encode(batch)[0].detach() for batch in frames.split(500)])
+    x = torch.cat([agent.encode(batch)[0] for batch in frames.split(500)])
     x = (x - x[learn].mean(0)) / (x[learn].std(0) + 1e-6)
     y = (balls - balls[learn].mean(0)) / balls[learn].std(0)
     layers = nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
@@ -167,7 +166,7 @@ def probe(options):
     _, _, test = parts = [x.nonzero()[:, 0] for x in (part < 3, part == 3, part == 4)]
     if min(len(x) for x in parts) < 10:
         sys.exit(f"{len(rows)} frames of {settings.env_id} have the ball: too few, raise --frames")
-    large_ball.paint(frames.numpy(), options.ball)  # in place
+    large_ball.paint(frames, options.ball)
     erased = frames.clone()
     top, bottom, left, right, *_ = FIELDS[settings.env_id]
     erased[:, top:bottom, left:right] = frames[:, top:bottom, left:right].amin(0)

@@ -6,7 +6,6 @@ python -m experiments.plot table
 """
 
 import csv
-import functools
 import sys
 from argparse import ArgumentParser, RawTextHelpFormatter
 from pathlib import Path
@@ -73,12 +72,13 @@ def draw_curves(axes, curves, ylabel):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_models(models, columns, figure):
+def draw_models(figure, models, columns=("score",)):
     """A panel for each column, below one another."""
-    panels = figure.subplots(len(columns), sharex=True, squeeze=False)[:, 0]
-    for axes, column in zip(panels, columns, strict=True):
-        read = read_scores if column == "score" else functools.partial(read_probe, column=column)
-        curves = {name: read(model) for model, name in models.items()}
+    for column, axes in figure.subplot_mosaic([[x] for x in columns], sharex=True).items():
+        if column == "score":
+            curves = {name: read_scores(model) for model, name in models.items()}
+        else:
+            curves = {name: read_probe(model, column) for model, name in models.items()}
         if column == "ball_decoded":
             curves["the ball in the frame"] = read_probe(next(iter(models)), "ball_true")
         draw_curves(axes, curves, LABELS[column])
@@ -99,7 +99,7 @@ def draw_dose(figure):
     scores = [[seed[1, -1] for seed in read_scores(f"fixed-ball{size}-1M")] for size in sizes]
     r2 = [[seed[1, -1] for seed in read_probe(f"vae-ball{size}", "r2")] for size in sizes]
     panels = {"score of fixed after 1M steps": scores, f"{LABELS['r2']} of the VAE": r2}
-    for number, (axes, label) in enumerate(zip(figure.subplots(1, 2), panels, strict=True)):
+    for number, (label, axes) in enumerate(figure.subplot_mosaic([list(panels)]).items()):
         axes.plot(sizes, panels[label], f"C{number}o", alpha=0.5)
         axes.plot(sizes, np.median(panels[label], axis=1), f"C{number}_", markersize=25)
         axes.set(xticks=sizes, xlim=(0, 5), ylim=0, xlabel="size of the ball", ylabel=label)
@@ -125,21 +125,21 @@ def draw_overview(figure):
     }
     figure.set_figheight(6.2)
     top, bottom = figure.subfigures(2, height_ratios=[1, 1.2])
-    for axes, title in zip(top.subplots(1, len(cells)), cells, strict=True):
+    for title, axes in top.subplot_mosaic([list(cells)]).items():
         evaluate.show(axes, cells[title][2], balls[six[2]])
         axes.set_title(title, fontsize=11)
-    draw_models(FIG3, ["score"], bottom)
+    draw_models(bottom, FIG3)
 
 
 def figures(options):
-    drawers = {"probe": draw_probe, "dose": draw_dose, "overview": draw_overview}
+    drawings = {"probe": [draw_probe], "dose": [draw_dose], "overview": [draw_overview]}
     for name, models in {"kappa": FIG5, "pong": PONG, "boxing": BOXING}.items():
-        drawers[name] = functools.partial(draw_models, models, ["score"])
-    drawers["guided_curves"] = functools.partial(draw_models, GUIDED, LABELS)
-    drawers["guided_10M"] = functools.partial(draw_models, GUIDED_10M, LABELS)
-    for name, draw in drawers.items():
+        drawings[name] = [draw_models, models]
+    for name, models in {"guided_curves": GUIDED, "guided_10M": GUIDED_10M}.items():
+        drawings[name] = [draw_models, models, LABELS]
+    for name, (draw, *inputs) in drawings.items():
         figure = Figure((8.5, 9 if "guided" in name else 4.5), layout="constrained")
-        draw(figure)
+        draw(figure, *inputs)
         figure.savefig(HERE / f"{name}.png", dpi=120)
 
 

@@ -34,7 +34,7 @@ for kappa in (1, 10, 20, 100, 1000, 10_000):
     for guide in (0.25, 0.5, 0.75, 0.9):  # these want `git apply experiments/guided.patch` first
         MODELS[f"guide{guide}-kappa{kappa}"] = MODELS[f"joint-kappa{kappa}"] + f" --guide {guide}"
 for times in (1, 2, 3, 4):
-    script = f"-m experiments.large_ball {times} --mode"
+    script = f"-m experiments.large_ball --ball {times} --mode"
     MODELS[f"vae-ball{times}"] = f"{script} pretrain --policy {PLAYER}"
     vae = f"runs/Breakout-vae-ball{times}-seed%/checkpoint.pt"
     MODELS[f"fixed-ball{times}"] = f"{script} fixed --vae {vae}"
@@ -96,5 +96,5 @@ if __name__ == "__main__":
             name += f"-{options.steps / 1000:g}k".replace("000k", "M")
         jobs[f"{name}-seed{seed}"] = flags
     with ThreadPoolExecutor(options.processes) as pool:
-        codes = pool.map(lambda name: run(name, jobs[name]), jobs)
+        codes = pool.map(run, jobs, jobs.values())
     sys.exit(any(codes))
