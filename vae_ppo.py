@@ -489,7 +489,7 @@ def learn_vae(agent, optimizer, games, args, steps):
 # ---- Training ----
 def start_process(args):
     """Set up torch and join torchrun's processes, if any. Returns the device and rank."""
-    distributions.Categorical.set_default_validate_args(False)  # it waits for the device
+    distributions.Categorical.set_default_validate_args(False)  # checks wait for the GPU
     torch.backends.cudnn.deterministic = True  # equal seeds give equal bits
     use_cuda = args.cuda and torch.cuda.is_available()
     if use_cuda:
