@@ -128,7 +128,7 @@ BAD = [  # flags, and words of the sentence
     ("--mode joint --env-id ALE/Breakot-v5", "Breakot ALE/Breakout-v5"),
     ("--mode joint --env-id CartPole-v1", "CartPole-v1 ALE/Breakout-v5"),
     ("--mode joint --num-envs 2 --num-minibatches 2 --runs-dir file/below", "file"),
-    ("--mode joint --run-name .. --resume", "new .."),
+    ("--mode joint --run-name .. --resume", "--run-name new"),
 ]
 
 

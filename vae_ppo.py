@@ -42,7 +42,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "runs-dir", "runs", None, "folder of all runs"),
     ("run", "run-name", "", None, "the run's folder; by default named by the flags"),
     ("run", "resume", False, None, "go on from the checkpoint, with new games"),
-    ("run", "checkpoint-every", 20, COUNT, "iterations between checkpoints"),
+    ("run", "checkpoint-every", 20, COUNT, "every so many iterations, back from the end"),
     ("run", "track", False, None, "log to Weights & Biases too"),
     ("run", "learning-rate", 0.0, FROM_0, "of Adam; 0: 1e-3 (adapt 5e-4, pretrain 1e-4)"),
     ("run", "num-envs", 16, (1, 4096), "N, games at once (authors)"),
@@ -440,8 +440,7 @@ def update(agent, optimizer, buffer, args):
         metrics["grad/norm"] = clipped_gradient(optimizer, loss, args.max_grad_norm)
         optimizer.step()
         history.append(metrics)
-    at_end = {"losses/approx_kl": approx_kl, "losses/updates": len(history)}
-    return mean_metrics(history) | at_end
+    return mean_metrics(history) | {"losses/approx_kl": approx_kl, "losses/updates": len(history)}
 
 
 def learn_policy(agent, optimizer, games, args, steps):
@@ -502,10 +501,11 @@ def start_process(args):
 def train(args, signals=()):
     """Run a mode, from its checkpoint if any, to its end or the first of `signals`."""
     device, rank = start_process(args)
-    folder = Path(args.runs_dir, args.run_name)
-    if rank == 0 and (folder.exists() != args.resume or folder.resolve().name != args.run_name):
-        sys.exit(f"--run-name must be new, or with --resume an old one, not {folder}")
-    print(f"{args.mode} of {args.env_id} on {device}: {folder}", flush=True)
+    folder = Path(os.path.normpath(Path(args.runs_dir, args.run_name)))
+    if rank == 0:
+        if folder.exists() != args.resume or folder.name != args.run_name:
+            sys.exit(f"--run-name must be new, or with --resume an old one, not {folder}")
+        print(f"{args.mode} of {args.env_id} on {device}: {folder}", flush=True)
     envs, serve = make_envs(args)
     agent, optimizer = make_agent(args, int(envs.single_action_space.n), device)
     global_step, scores, log_size = restore(agent, optimizer, args, folder / "checkpoint.pt")
@@ -566,7 +566,7 @@ def restore(agent, optimizer, args, path):
     optimizer.load_state_dict(saved.get("optimizer") or sys.exit(f"{path} has no state of Adam"))
     if any(p.shape != state["exp_avg"].shape for p, state in optimizer.state.items()):
         sys.exit(f"{path} has the optimizer's state of another network")  # else a crash
-    print(f"from step {saved['global_step']} on with {vars(args).items() - saved['args'].items()}")
+    print("resumed; changed settings:", sorted(vars(args).items() - saved["args"].items()))
     return saved["global_step"], saved["scores"], saved["log_size"]
 
 

@@ -1,4 +1,5 @@
 """vae_ppo.py with one more flag, --ball: Breakout's ball is so many times as wide and as high.
+Give the same --ball when you resume. `experiments.evaluate play` does not enlarge the ball.
 
 python -m experiments.large_ball --ball 3 --mode fixed --vae runs/<name>/checkpoint.pt
 """
