@@ -1,18 +1,18 @@
 """Guiding Representation Learning in Deep Generative Models with Policy Gradients.
-A VAE that is trained alone on Breakout leaves out the ball. Policy gradients put it in.
+A VAE trained alone on Breakout leaves out the ball. Policy gradients put it in.
 
     python vae_ppo.py --mode joint --kappa 20 --cuda
     python vae_ppo.py --mode pretrain --policy runs/Breakout-joint-kappa20-seed1/checkpoint.pt
     python vae_ppo.py --mode fixed --vae runs/Breakout-pretrain-seed1/checkpoint.pt
     python vae_ppo.py --mode adapt --vae runs/Breakout-pretrain-seed1/checkpoint.pt
 
-    x            a frame, grey, uint8
-    mu, logvar   mean and log-variance of q(z|x), which the encoder gives
-    z            a sample of q(z|x), from which the decoder makes p(x|z)
-    U            mu of the last num_stack frames, concatenated: all that the policy sees
-    T, N         steps of a rollout, games played at once
-    L, B         steps of a segment of one game, segments of a minibatch
-    C            num_stack - 1: the earlier frames that a segment's first step sees
+    x           a frame, grey, uint8
+    mu, logvar  mean and log-variance of q(z|x), which the encoder gives
+    z           a sample of q(z|x), from which the decoder makes p(x|z)
+    U           mu of the last num_stack frames: all that the policy sees
+    T, N        steps of a rollout, games played at once
+    L, B        steps of a segment of one game, segments of a minibatch
+    C           num_stack - 1: the frames that a segment needs from before it
 """
 
 import argparse
@@ -40,26 +40,26 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "seed", 1, FROM_0, "of weights, actions and games"),
     ("run", "cuda", True, None, "use the GPU, if there is one"),
     ("run", "runs-dir", "runs", None, "folder of all runs"),
-    ("run", "run-name", "", None, "the run's folder; by default named by the flags"),
-    ("run", "resume", False, None, "go on from the checkpoint, with new games"),
-    ("run", "checkpoint-every", 20, COUNT, "every so many iterations, back from the end"),
+    ("run", "run-name", "", None, "the run's folder; else named by the flags"),
+    ("run", "resume", False, None, "go on from the checkpoint"),
+    ("run", "checkpoint-every", 20, COUNT, "iterations, counted from the end"),
     ("run", "track", False, None, "log to Weights & Biases too"),
     ("run", "learning-rate", 0.0, FROM_0, "of Adam; 0: 1e-3 (adapt 5e-4, pretrain 1e-4)"),
     ("run", "num-envs", 16, (1, 4096), "N, games at once (authors)"),
     ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper: none)"),
-    ("run", "env-threads", 0, FROM_0, "threads of the emulator; 0: one per core"),
+    ("run", "env-threads", 0, FROM_0, "of the emulator; 0: one per core"),
     ("run", "latent-dim", 20, COUNT, "numbers in z (authors)"),
-    ("frames", "policy", "", None, "a player's checkpoint; without it, random actions"),
+    ("frames", "policy", "", None, "a player's checkpoint; else random actions"),
     ("frames", "num-frames", 25_000, COUNT, "frames to learn from (paper)"),
     ("frames", "vae-epochs", 20, COUNT, "passes over these frames"),
     ("vae", "vae", "", None, "checkpoint of the pretrained VAE"),
     ("kappa", "kappa", 20.0, (1e-6, 1e9), "weight of L_PPO (paper's best)"),
     ("L_VAE", "beta", 1.0, FROM_0, "weight of the KL in L_VAE (paper)"),
     ("L_PPO", "total-timesteps", 10_000_000, COUNT, "steps of 4 game frames (paper)"),
-    ("L_PPO", "anneal-lr", True, None, "learning rate falls linearly to 0 (authors)"),
+    ("L_PPO", "anneal-lr", True, None, "learning rate falls to 0 (authors)"),
     ("L_PPO", "num-steps", 128, COUNT, "T, steps of a rollout (authors)"),
     ("L_PPO", "num-stack", 4, COUNT, "frames that the policy sees (paper)"),
-    ("L_PPO", "num-minibatches", 16, COUNT, "minibatches in an epoch"),
+    ("L_PPO", "num-minibatches", 16, COUNT, "in an epoch"),
     ("L_PPO", "segment-length", 8, COUNT, "L, steps in a row in a minibatch"),
     ("L_PPO", "update-epochs", 4, COUNT, "passes over a rollout (CleanRL)"),
     ("L_PPO", "gamma", 0.99, SHARE, "discount (authors)"),
@@ -91,16 +91,16 @@ def parse_args(argv=None):
         value = getattr(args, name.replace("-", "_"))
         if group not in mode.flags and value != default:
             parser.error(f"--mode {args.mode} does not use --{name}")
-        if limits and not limits[0] <= value <= limits[1]:  # NaN is outside, too
-            parser.error(f"--{name} must be from {limits[0]} to {limits[1]:g}, not {value}")
+        if limits and not limits[0] <= value <= limits[1]:  # nor NaN
+            parser.error(f"--{name} {value} is not from {limits[0]} to {limits[1]:g}")
     segments = args.num_steps // args.segment_length * args.num_envs
     if args.num_steps % args.segment_length or segments % args.num_minibatches:
-        parser.error("--segment-length must divide --num-steps, and --num-minibatches the segments")
+        parser.error("--segment-length must divide --num-steps, --num-minibatches the segments")
     args.learning_rate = args.learning_rate or mode.learning_rate
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)  # processes, by torchrun
     args.batch_size = args.num_steps * args.num_envs * args.world_size
     if not 1 <= args.batch_size <= args.total_timesteps:
-        parser.error(f"--total-timesteps must be {args.batch_size} or more, an iteration")
+        parser.error(f"--total-timesteps must be at least {args.batch_size}, an iteration")
     game = args.env_id.split("/")[-1].removesuffix("-v5")
     kappa = f"-kappa{args.kappa:g}" if "kappa" in mode.flags else ""
     args.run_name = args.run_name or f"{game}-{args.mode}{kappa}-seed{args.seed}"
@@ -108,7 +108,7 @@ def parse_args(argv=None):
 
 
 # ---- Model ----
-FRAME_SIZE = 84  # height and width of a frame
+FRAME_SIZE = 84  # height and width
 
 
 def layer_init(layer, std=2**0.5):
@@ -123,7 +123,7 @@ class Agent(nn.Module):
     def __init__(self, num_actions, latent_dim, num_stack):
         super().__init__()
         self.num_stack = num_stack
-        self.encoder = nn.Sequential(  # that of A3C (Mnih et al. 2016), one channel
+        self.encoder = nn.Sequential(  # of A3C (Mnih et al. 2016)
             layer_init(nn.Conv2d(1, 16, 8, stride=4)),
             nn.ReLU(),
             layer_init(nn.Conv2d(16, 32, 4, stride=2)),
@@ -148,7 +148,7 @@ class Agent(nn.Module):
         )
         self.actor = layer_init(nn.Linear(64, num_actions), std=0.01)
         self.critic = layer_init(nn.Linear(64, 1), std=1.0)
-        self.to(memory_format=torch.channels_last)  # faster updates on a CPU
+        self.to(memory_format=torch.channels_last)  # faster on a CPU
 
     def encode(self, frames):
         """q(z|x): frames (..., 84, 84) uint8 -> mu, logvar, each (..., latent_dim)."""
@@ -164,8 +164,8 @@ class Agent(nn.Module):
 
 def stack_features(mu, stack):
     """U (..., N, num_stack * latent_dim): rows `stack` of mu (rows, N, latent_dim)."""
-    column = torch.arange(mu.shape[1], device=mu.device)[:, None]
-    return mu[stack, column].flatten(-2)
+    game = torch.arange(mu.shape[1], device=mu.device)[:, None]
+    return mu[stack, game].flatten(-2)
 
 
 # ---- Losses ----
@@ -175,9 +175,8 @@ def vae_loss(agent, frames, mu, logvar, args):
     nats = nn.BCEWithLogitsLoss(reduction="sum")(agent.decoder(z), frames / 255)
     recon_loss = nats / mu.shape[:-1].numel()  # -E_q[log p(x|z)]
     kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1).mean()  # KL(q || N(0, I))
-    l_vae = recon_loss + args.beta * kl  # eq. 2, negated: a loss
-    metrics = {"vae/recon_loss": recon_loss, "vae/kl": kl}
-    return l_vae, {name: x.detach() for name, x in metrics.items()}
+    l_vae = recon_loss + args.beta * kl  # eq. 2, negated
+    return l_vae, {"vae/recon_loss": recon_loss.detach(), "vae/kl": kl.detach()}
 
 
 def masked_mean(x, valid):
@@ -195,16 +194,15 @@ def ppo_loss(logits, value, mb, args):
         advantages = advantages - masked_mean(advantages, valid)
         advantages = advantages / (masked_mean(advantages.square(), valid).sqrt() + 1e-8)
     ratio = (pi.log_prob(mb["actions"]) - pi_old.log_prob(mb["actions"])).exp()
-    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
-    j_clip = masked_mean(gain, valid)
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    j_clip = masked_mean(torch.minimum(ratio * advantages, clipped * advantages), valid)
     v_error = (value - mb["returns"]).square()
     if args.clip_vloss:
         change = (value - mb["values"]).clamp(-args.clip_coef, args.clip_coef)
         v_error = torch.maximum(v_error, (mb["values"] + change - mb["returns"]).square())
     l_v = 0.5 * masked_mean(v_error, valid)
     entropy = masked_mean(pi.entropy(), valid)
-    l_ppo = -(j_clip - args.vf_coef * l_v + args.ent_coef * entropy)  # eq. 5, c1 = 1
+    l_ppo = -(j_clip - args.vf_coef * l_v + args.ent_coef * entropy)  # eq. 5
     kl = (pi_old.probs * (pi_old.logits - pi.logits)).sum(-1)  # KL(pi_old || pi), exact
     metrics = {
         "losses/policy_loss": -j_clip,
@@ -218,7 +216,7 @@ def ppo_loss(logits, value, mb, args):
 
 # ---- Modes: the paper on one screen ----
 VAE = ("encoder", "mu", "logvar", "decoder")
-POLICY = ("trunk", "actor", "critic")  # what is in neither tuple is never trained
+POLICY = ("trunk", "actor", "critic")  # what is in neither is never trained
 Mode = namedtuple("Mode", "networks learning_rate flags")  # flags: groups of FLAGS
 MODES = {  # Adam trains `networks`; a mode with the flag --vae starts from that VAE
     "pretrain": Mode(VAE, 1e-4, ("run", "frames", "L_VAE")),  # L_VAE, eq. 2
@@ -229,13 +227,13 @@ MODES = {  # Adam trains `networks`; a mode with the flag --vae starts from that
 
 
 def make_agent(args, num_actions, device):
-    """The networks at the start of a run, and Adam for those that the mode trains."""
+    """The networks at a run's start, and Adam for those that the mode trains."""
     torch.manual_seed(args.seed)
     agent = Agent(num_actions, args.latent_dim, args.num_stack).to(device)
     if args.policy and load_checkpoint(args.policy, args, "env_id")["args"]["mode"] == "pretrain":
         sys.exit(f"--policy {args.policy} is of --mode pretrain, which has no policy")
     if "vae" in MODES[args.mode].flags:
-        path = args.vae or sys.exit(f"--mode {args.mode} needs --vae, a checkpoint of pretrain")
+        path = args.vae or sys.exit("--vae must be a checkpoint of pretrain")
         saved = load_checkpoint(path, args, "env_id", "latent_dim")
         new_policy = {k: x for k, x in agent.state_dict().items() if k.startswith(POLICY)}
         agent.load_state_dict(saved["weights"] | new_policy)
@@ -251,7 +249,7 @@ def minibatch_loss(agent, buffer, segments, args):
         frames = buffer.frames[mb["rows"]]  # (C + L, B, 84, 84): no frame twice
         mu, logvar = agent.encode(frames)  # (C + L, B, latent_dim)
     else:
-        mu = buffer.mu[mb["rows"]]  # of the rollout: the encoder stands still
+        mu = buffer.mu[mb["rows"]]  # the encoder stands still
     mu_ppo = mu.clone()  # a copy, whose gradient is of L_PPO alone
     features = stack_features(mu_ppo, mb["stack"])  # U: (L, B, num_stack * latent_dim)
     logits, value = agent.policy(features)
@@ -299,7 +297,7 @@ class Games:
         self.frame_number = info["episode_frame_number"]
         self.reset_row = np.zeros(envs.num_envs, dtype=bool)
         self.score = np.zeros(envs.num_envs)
-        self.scores = deque(scores, maxlen=100)  # raw, of whole games: all their lives
+        self.scores = deque(scores, maxlen=100)  # raw, of whole games
 
     def step(self, action):
         """action (N,) -> raw reward, terminated (N,). Sets frame and reset_row."""
@@ -323,29 +321,30 @@ class Buffer:
 
     stack[t] has the rows of the frames that step t sees, oldest first."""
 
-    def __init__(self, agent, T, N, device):
+    def __init__(self, agent, T, N):
         self.T, self.N, self.C = T, N, agent.num_stack - 1
         rows = self.C + T + 1
-        with torch.device(device):
-            self.frames = torch.zeros(rows, N, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8)
-            self.mu = torch.zeros(rows, N, agent.mu.out_features)
-            self.stack = torch.full((T + 1, N, agent.num_stack), self.C + T)  # new games
-            self.reset_row = torch.zeros(T + 1, N, dtype=torch.bool)
-            self.terminated = torch.zeros(T, N, dtype=torch.bool)
-            self.actions = torch.zeros(T, N, dtype=torch.long)
-            self.logits = torch.zeros(T, N, agent.actor.out_features)
-            self.values = torch.zeros(T + 1, N)
-            self.rewards = torch.zeros(T, N)
-            self.advantages = torch.zeros(T + 1, N)  # the last stays 0
-            self.returns = torch.zeros(T, N)
+        zeros = agent.mu.weight.new_zeros  # on the same device
+        self.frames = zeros(rows, N, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8)
+        self.mu = zeros(rows, N, agent.mu.out_features)
+        self.stack = zeros(T + 1, N, agent.num_stack, dtype=torch.long) + self.C + T
+        self.reset_row = zeros(T + 1, N, dtype=torch.bool)
+        self.terminated = zeros(T, N, dtype=torch.bool)
+        self.actions = zeros(T, N, dtype=torch.long)
+        self.logits = zeros(T, N, agent.actor.out_features)
+        self.values = zeros(T + 1, N)
+        self.rewards = zeros(T, N)
+        self.advantages = zeros(T + 1, N)  # the last stays 0
+        self.returns = zeros(T, N)
 
 
 def act(agent, buffer, t):
     """Step t on the device: encode the newest frame, evaluate pi and V, draw actions."""
     row = buffer.C + t
     if t > 0:  # stack[t] has the newest rows, but none from before the episode
-        first = buffer.stack[t - 1, :, 0].masked_fill(buffer.reset_row[t - 1], row)[:, None]
-        buffer.stack[t] = torch.arange(t, row + 1, device=first.device).maximum(first)
+        oldest = buffer.stack[t - 1, :, 0].masked_fill(buffer.reset_row[t - 1], row)
+        newest = torch.arange(t, row + 1, device=oldest.device)
+        buffer.stack[t] = newest.maximum(oldest[:, None])
     buffer.mu[row], _ = agent.encode(buffer.frames[row])
     features = stack_features(buffer.mu, buffer.stack[t])
     logits, buffer.values[t] = agent.policy(features)
@@ -365,14 +364,14 @@ def rollout(agent, games, buffer):
         buffer.frames[C + t] = torch.from_numpy(games.frame)
         buffer.reset_row[t] = torch.from_numpy(games.reset_row)
         act(agent, buffer, t)
-        if t < T:  # step T begins the next rollout: here its V is wanted, to bootstrap
+        if t < T:  # step T begins the next rollout: here its V bootstraps
             reward, terminated = games.step(buffer.actions[t].cpu().numpy())
             buffer.rewards[t] = torch.from_numpy(np.sign(reward))  # PPO sees the sign
             buffer.terminated[t] = torch.from_numpy(terminated)
 
 
 def gae(buffer, gamma, gae_lambda):
-    """Fill in advantages and returns of the T steps (Schulman et al. 2016)."""
+    """Fill in advantages and returns (Schulman et al. 2016)."""
     for t in reversed(range(buffer.T)):
         next_value = buffer.values[t + 1] * ~buffer.terminated[t]  # not 0, if truncated
         delta = buffer.rewards[t] + gamma * next_value - buffer.values[t]
@@ -395,16 +394,16 @@ def gather(buffer, segments, L):
     first = segments // buffer.N * L  # step (B,)
     game = segments % buffer.N
     rows = first + torch.arange(buffer.C + L, device=segments.device)[:, None]
-    t = rows[:L]  # steps (L, B): step t sees some of the rows from t to C + t
-    names = ("actions", "logits", "values", "advantages", "returns", "reset_row")
-    return {name: getattr(buffer, name)[t, game] for name in names} | {
-        "rows": (rows, game),  # of frames and mu, (C + L, B)
-        "stack": buffer.stack[t, game] - first[:, None],  # (L, B, num_stack)
-    }
+    t = rows[:L]  # (L, B): step t sees some of the rows t to C + t
+    names = "actions", "logits", "values", "advantages", "returns", "reset_row"
+    mb = {name: getattr(buffer, name)[t, game] for name in names}
+    mb["rows"] = rows, game  # of frames and mu, (C + L, B)
+    mb["stack"] = buffer.stack[t, game] - first[:, None]  # (L, B, num_stack)
+    return mb
 
 
 def mean_over_ranks(x):
-    """The mean of x over the processes of torchrun; x itself where there is one."""
+    """The mean of x over the processes of torchrun, if any."""
     if distributed.is_initialized():
         x = x / distributed.get_world_size()
         distributed.all_reduce(x)
@@ -445,7 +444,7 @@ def update(agent, optimizer, buffer, args):
 
 def learn_policy(agent, optimizer, games, args, steps):
     """fixed, adapt and joint. Yields the metrics of each iteration."""
-    buffer = Buffer(agent, args.num_steps, args.num_envs, agent.mu.weight.device)
+    buffer = Buffer(agent, args.num_steps, args.num_envs)
     for global_step in steps:
         remaining = 1 - global_step / args.total_timesteps if args.anneal_lr else 1.0
         optimizer.param_groups[0]["lr"] = remaining * args.learning_rate
@@ -454,8 +453,9 @@ def learn_policy(agent, optimizer, games, args, steps):
 
 
 # ---- Pretraining ----
-def collect_frames(args, games, num_actions, device):
+def collect_frames(args, games, agent):
     """Frames (num_frames / world_size, 84, 84) uint8, played by --policy or at random."""
+    num_actions = agent.actor.out_features
     if args.policy:
         saved = load_checkpoint(args.policy, args, "env_id")
         player = Agent(num_actions, saved["args"]["latent_dim"], saved["args"]["num_stack"])
@@ -464,14 +464,14 @@ def collect_frames(args, games, num_actions, device):
         player = Agent(num_actions, args.latent_dim, args.num_stack)
         nn.init.zeros_(player.actor.weight)  # all actions are equally likely
     T = int(np.ceil(args.num_frames / args.num_envs / args.world_size))
-    buffer = Buffer(player, T, args.num_envs, device)
-    rollout(player.to(device), games, buffer)
+    buffer = Buffer(player.to(agent.mu.weight.device), T, args.num_envs)
+    rollout(player, games, buffer)
     return buffer.frames[buffer.C :].flatten(0, 1)[: args.num_frames // args.world_size]
 
 
 def learn_vae(agent, optimizer, games, args, steps):
     """pretrain. Yields the metrics of each epoch, a pass over all frames."""
-    frames = collect_frames(args, games, agent.actor.out_features, agent.mu.weight.device)
+    frames = collect_frames(args, games, agent)
     optimizer.param_groups[0]["lr"] = args.learning_rate  # not the checkpoint's
     for _ in steps:
         history = []
@@ -487,15 +487,15 @@ def learn_vae(agent, optimizer, games, args, steps):
 
 # ---- Training ----
 def start_process(args):
-    """Set up torch and join torchrun's processes, if any. Returns the device and rank."""
+    """Set up torch, and join torchrun's processes. Returns device and rank."""
     distributions.Categorical.set_default_validate_args(False)  # checks wait for the GPU
     torch.backends.cudnn.deterministic = True  # equal seeds give equal bits
     use_cuda = args.cuda and torch.cuda.is_available()
     if use_cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.world_size > 1:
         distributed.init_process_group("nccl" if use_cuda else "gloo")
-    return torch.device("cuda" if use_cuda else "cpu"), int(os.environ.get("RANK", "0"))
+    return torch.device("cuda" if use_cuda else "cpu"), int(os.environ.get("RANK", 0))
 
 
 def train(args, signals=()):
@@ -515,13 +515,13 @@ def train(args, signals=()):
     learn, total, batch = learn_policy, args.total_timesteps, args.batch_size
     if args.mode == "pretrain":  # its steps are frames, its iterations epochs
         learn, total, batch = learn_vae, args.vae_epochs * args.num_frames, args.num_frames
-    steps = range(global_step, total - batch + 1, batch)  # where iterations begin
+    steps = range(global_step, total - batch + 1, batch)  # iterations begin here
     if rank == 0:
-        lock, file, tensorboard = open_log(args, folder, log_size, global_step)
+        lock, file, writer = open_log(args, folder, log_size, global_step)
         bar = tqdm(initial=global_step, total=total, unit="step", unit_scale=True)
     for metrics in learn(agent, optimizer, games, args, steps):
         if not np.isfinite(metrics["grad/norm"]):  # in all processes at once
-            sys.exit(f"\ngrad/norm is {metrics['grad/norm']}: lower --learning-rate")
+            sys.exit("\ngrad/norm is not finite: lower --learning-rate")
         caught = mean_over_ranks(torch.tensor(len(signals), device=device)).item() > 0
         global_step += batch
         if rank == 0:
@@ -531,8 +531,8 @@ def train(args, signals=()):
                 "charts/SPS": (global_step - steps[0]) / (bar.format_dict["elapsed"] or np.nan),
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
             }
-            write_log(file, tensorboard, charts | metrics)
-            if caught or (total - global_step) // batch % args.checkpoint_every == 0:  # 0: the end
+            write_log(file, writer, charts | metrics)
+            if caught or (total - global_step) // batch % args.checkpoint_every == 0:
                 progress = {"scores": list(games.scores), "log_size": file.tell()}
                 progress |= {"global_step": global_step, "args": vars(args)}
                 save_checkpoint(folder, agent, optimizer, progress)
@@ -548,18 +548,18 @@ def load_checkpoint(path, args, *names):
     """A checkpoint with the settings `names` of args. Nothing in it is executed."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        made_with, _ = saved["args"], saved["weights"]
-    except Exception as error:  # the file is missing, damaged, or not ours
+        settings, _ = saved["args"], saved["weights"]
+    except Exception as error:  # missing, damaged, or not ours
         sys.exit(f"{path} is no checkpoint of vae_ppo.py: {error!r:.90}")
     for name in names:
-        if made_with.get(name) != getattr(args, name):
-            sys.exit(f"{path} is of {name} {made_with.get(name)}, not {getattr(args, name)}")
+        if settings.get(name) != getattr(args, name):
+            sys.exit(f"{path} is of {name} {settings.get(name)}, not {getattr(args, name)}")
     return saved
 
 
 def restore(agent, optimizer, args, path):
     """Load the checkpoint, if any. Returns global_step, scores, size of metrics.csv."""
-    if not path.exists():  # a new run, or one that was killed before its first checkpoint
+    if not path.exists():  # a new run, or one killed before its first checkpoint
         return 0, [], 0
     saved = load_checkpoint(path, args, "mode", "env_id", "latent_dim", "num_stack")
     agent.load_state_dict(saved["weights"])
@@ -589,16 +589,16 @@ def open_log(args, folder, size, global_step):
     try:  # makes the folder; others are kept out while `lock` lives
         lock = FileLock(folder.resolve() / "lock", is_singleton=True).acquire(timeout=0)
     except OSError as error:
-        sys.exit(f"{folder} cannot be used (is another process at work in it?): {error}")
+        sys.exit(f"{folder} cannot be used, or is in use: {error}")
     file = open(folder / "metrics.csv", "a+", newline="", buffering=1)
     file.seek(file.truncate(min(size, file.tell())))  # drop rows after the checkpoint
-    tensorboard = SummaryWriter(folder, purge_step=global_step + 1)
-    tensorboard.add_text("args", f"{vars(args)}, torch {torch.__version__}")
-    return lock, file, tensorboard
+    writer = SummaryWriter(folder, purge_step=global_step + 1)
+    writer.add_text("args", f"{vars(args)}, torch {torch.__version__}")
+    return lock, file, writer
 
 
-def write_log(file, tensorboard, row):
-    """Append a row to both logs. The columns stay those of the first row."""
+def write_log(file, writer, row):
+    """Append a row to both logs, with the columns of the first one."""
     if file.tell() == 0:
         print(*row, sep=",", file=file)
     file.seek(0)
@@ -606,17 +606,17 @@ def write_log(file, tensorboard, row):
         sys.exit(f"\n{file.name} has other columns: copy checkpoint.pt to another run")
     print(*row.values(), sep=",", file=file)
     for name, value in row.items():
-        tensorboard.add_scalar(name, value, row["global_step"])
+        writer.add_scalar(name, value, row["global_step"])
 
 
 def main():
-    """The program. A first Ctrl-C makes it save and end, a second one ends it at once."""
+    """The first Ctrl-C saves and ends, the second one ends at once."""
     signals = []
 
     def catch(number, _):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        with suppress(OSError, RuntimeError):  # stderr may be gone, or busy with the bar
+        with suppress(OSError, RuntimeError):  # stderr is gone or busy
             print("\nfinishing this iteration, then saving; --resume goes on", file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)):

@@ -51,7 +51,7 @@ def find_balls(frames, env_id):
 
 def watch(player, args, num_envs, steps, seed=SEED):
     """Stacks (B, num_stack, 84, 84), the balls in their newest frames, and the rows with one."""
-    buffer = vae_ppo.Buffer(player, steps, num_envs, "cpu")
+    buffer = vae_ppo.Buffer(player, steps, num_envs)
     vae_ppo.rollout(player, new_games(args, num_envs, seed), buffer)
     stacks = buffer.frames[buffer.stack[:-1], torch.arange(num_envs)[:, None]].flatten(0, 1)
     balls = find_balls(stacks[:, -1], args.env_id)
@@ -109,7 +109,7 @@ def play(options):
     folder = Path("watched", args.run_name)
     folder.mkdir(parents=True, exist_ok=True)
     games = new_games(args, options.episodes, SEED)
-    buffer = vae_ppo.Buffer(agent, 1, options.episodes, "cpu")
+    buffer = vae_ppo.Buffer(agent, 1, options.episodes)
     scores = np.full(options.episodes, np.nan)  # of each one's first game, not of the shortest
     while np.isnan(scores).any():  # ale-py ends a game after 27 000 steps at the latest
         score, frame_number = games.score, games.frame_number
