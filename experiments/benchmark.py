@@ -4,7 +4,6 @@ pip install stable-baselines3==2.9.2
 python -m experiments.benchmark >> experiments/benchmark.md
 """
 
-import itertools
 import os
 import sys
 import time
@@ -23,15 +22,14 @@ VAE = "experiments/weights/pretrain-seed1.pt"
 
 
 def naive_loss(agent, buffer, segments, args):
-    """Joint's loss the plain way: encode and decode all the num_stack frames of each step."""
+    """Joint's loss the plain way: encode and decode all num_stack frames of each step."""
     mb = vae_ppo.gather(buffer, segments, args.segment_length)
     game = torch.arange(len(segments), device=segments.device)[:, None]
-    stacks = buffer.frames[mb["rows"]][mb["stack"], game]  # (L, B, num_stack, 84, 84)
-    mu, logvar = agent.encode(stacks)
-    logits, value = agent.policy(mu.flatten(-2))
+    frames = buffer.frames[mb["rows"]][mb["stack"], game].flatten(0, 2)  # L * B * num_stack
+    mu, logvar = agent.encode(frames)
+    logits, value = agent.policy(mu.view(*mb["actions"].shape, -1))
     l_ppo, metrics = vae_ppo.ppo_loss(logits, value, mb, args)
-    flat = [x.flatten(0, 2) for x in (stacks, mu, logvar)]
-    l_vae, _ = vae_ppo.vae_loss(agent, *flat, args)
+    l_vae, _ = vae_ppo.vae_loss(agent, frames, mu, logvar, args)
     return args.kappa * l_ppo + l_vae, metrics
 
 
@@ -51,8 +49,8 @@ class NatureAgent(vae_ppo.Agent):
         self.to(memory_format=torch.channels_last)
 
 
-def iterate(name, flags):
-    """Yields the steps of each iteration, which is a rollout and all its updates."""
+def measure(name, flags):
+    """Steps/s of the fourth iteration: a rollout and its updates. The others warm up."""
     if name == "Stable-Baselines3 PPO":  # no VAE; its usual Atari settings
         from stable_baselines3 import PPO
         from stable_baselines3.common.env_util import make_atari_env
@@ -61,32 +59,27 @@ def iterate(name, flags):
         envs = make_atari_env("BreakoutNoFrameskip-v4", 8, seed=1, vec_env_cls=SubprocVecEnv)
         envs = VecFrameStack(envs, 4)
         model = PPO("CnnPolicy", envs, n_steps=128, n_epochs=4, batch_size=256, ent_coef=0.01)
-        while model.learn(1024, reset_num_timesteps=False):
-            yield 1024
-    if name.startswith("naive"):  # the rollout stays, since what the plain way costs is the update
-        vae_ppo.minibatch_loss = naive_loss
-        flags += " --segment-length 1"
-    if name == "naive joint, Nature CNN":
-        vae_ppo.Agent = NatureAgent
-    mode = f"{name} --vae {VAE}" if name in ("fixed", "adapt") else "joint"
-    args = vae_ppo.parse_args(f"--mode {mode} --target-kl 0 --run-name unused {flags}".split())
-    device, _ = vae_ppo.start_process(args)
-    games = vae_ppo.Games(*vae_ppo.make_envs(args), args.seed)
-    agent, optimizer = vae_ppo.make_agent(args, 4, device)
-    learn = vae_ppo.learn_policy(agent, optimizer, games, args, itertools.repeat(0))
-    if name == "emulator":
-        actions = np.random.default_rng(0).integers(0, 4, (args.num_steps, args.num_envs))
-        learn = ([games.step(action) for action in actions] for _ in itertools.count())
-    for _ in learn:
-        yield args.num_steps * args.num_envs
-
-
-def measure(name, flags):
-    """Steps/s of the fourth iteration; the others warm up."""
-    iterations = iterate(name, flags)
+        learn = (model.learn(1024, reset_num_timesteps=False) for _ in range(4))
+        steps = 1024
+    else:
+        if name.startswith("naive"):  # only the update is naive
+            vae_ppo.minibatch_loss = naive_loss
+            flags += " --segment-length 1"
+        if name == "naive joint, Nature CNN":
+            vae_ppo.Agent = NatureAgent
+        mode = f"{name} --vae {VAE}" if name in ("fixed", "adapt") else "joint"
+        args = vae_ppo.parse_args(f"--mode {mode} --target-kl 0 --run-name unused {flags}".split())
+        device, _ = vae_ppo.start_process(args)
+        games = vae_ppo.Games(*vae_ppo.make_envs(args), args.seed)
+        agent, optimizer = vae_ppo.make_agent(args, 4, device)
+        learn = vae_ppo.learn_policy(agent, optimizer, games, args, [0] * 4)
+        if name == "emulator":
+            actions = np.random.default_rng(0).integers(0, 4, (args.num_steps, args.num_envs))
+            learn = ([games.step(action) for action in actions] for _ in range(4))
+        steps = args.num_steps * args.num_envs
     for _ in range(4):
         start = time.perf_counter()
-        steps = next(iterations)  # its metrics wait for the GPU
+        next(learn)  # its metrics wait for the GPU
     return steps / (time.perf_counter() - start)
 
 
@@ -95,11 +88,11 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("--repetitions", type=int, choices=range(1, 10), default=5, help="of each (default: 5)")
     add("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="measure only these")
-    add("--flags", default="", help="flags of vae_ppo.py, like --flags='--num-envs 8'")
+    add("--flags", default="", help="of vae_ppo.py, like --flags='--num-envs 8'")
     options = parser.parse_args()
     results = {name: [] for name in options.only}
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # a new process for each
-        for name in [*results] * options.repetitions:  # a drift of the machine's speed meets all
+        for name in [*results] * options.repetitions:  # a drift of the speed meets all
             results[name].append(pool.submit(measure, name, options.flags).result())
             print(f"{name}: {results[name][-1]:.0f} steps/s", file=sys.stderr)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
