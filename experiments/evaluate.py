@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 import vae_ppo
-from experiments import count, large_ball
+from experiments import large_ball
+from experiments.run import count
 
 # Where nothing but the ball moves: top, bottom, left, right, margins of y and x
 FIELDS = {"ALE/Breakout-v5": (38, 75, 4, 80, 3, 0), "ALE/Pong-v5": (14, 77, 11, 73, 0, 4)}

@@ -1,8 +1,7 @@
 """Make the runs behind the figures. Ctrl-C and the like save them; the same command goes on.
-
-    python -m experiments.run fixed adapt joint-kappa20 --steps 10M --seeds 1 2 3
-
 The first checkpoints after 100 000, 200 000, 1M and 3M steps are kept beside the last one.
+
+python -m experiments.run fixed adapt joint-kappa20 --steps 10M --seeds 1 2 3
 """
 
 import itertools
@@ -17,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-from experiments import count
-
 signals = []
 PLAYER = "experiments/weights/joint-kappa20-10M-seed1.pt"  # plays the frames of other VAEs
 UNTRAINED = "runs/Breakout-untrained-seed%/checkpoint.pt"  # an encoder that never learnt
@@ -30,15 +27,16 @@ for mode in ("fixed", "adapt"):
     MODELS[mode] = f"vae_ppo.py --mode {mode} --vae experiments/weights/pretrain-seed1.pt"
     MODELS[f"{mode}-untrained"] = f"vae_ppo.py --mode {mode} --vae {UNTRAINED}"
 for kappa in (1, 10, 20, 100, 1000, 10_000):
-    MODELS[f"joint-kappa{kappa}"] = f"vae_ppo.py --mode joint --kappa {kappa}"
-    for guide in (0.25, 0.5, 0.75, 0.9):  # these want `git apply experiments/guided.patch` first
-        MODELS[f"guide{guide}-kappa{kappa}"] = MODELS[f"joint-kappa{kappa}"] + f" --guide {guide}"
+    joint = f"vae_ppo.py --mode joint --kappa {kappa}"
+    MODELS[f"joint-kappa{kappa}"] = joint
+    for guide in (0.25, 0.5, 0.75, 0.9):  # after `git apply experiments/guided.patch`
+        MODELS[f"guide{guide}-kappa{kappa}"] = f"{joint} --guide {guide}"
 for times in (1, 2, 3, 4):
     script = f"-m experiments.large_ball --ball {times} --mode"
     MODELS[f"vae-ball{times}"] = f"{script} pretrain --policy {PLAYER}"
     vae = f"runs/Breakout-vae-ball{times}-seed%/checkpoint.pt"
     MODELS[f"fixed-ball{times}"] = f"{script} fixed --vae {vae}"
-for game in ("Pong", "Boxing"):  # <game>-policy with `--steps 500k --seeds 11`, then its VAEs
+for game in ("Pong", "Boxing"):  # first <game>-policy, then its VAEs
     base = f"vae_ppo.py --env-id ALE/{game}-v5 --mode"
     MODELS[f"{game}-policy"] = MODELS[f"{game}-joint"] = f"{base} joint"
     MODELS[f"{game}-vae"] = f"{base} pretrain --policy runs/{game}-policy-500k-seed11/checkpoint.pt"
@@ -49,9 +47,23 @@ for model in ("adapt", "joint-kappa20"):
     MODELS[f"{model}-authors"] = MODELS[model] + RECIPE + " --target-kl 0"
 
 
-def run(name, flags):
+def count(text):
+    """The number that "500k" or "10M" means, from 1 on: a type for argparse."""
+    number = int(float(text.replace("k", "e3").replace("M", "e6")))
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def run(model, seed, steps):
     if signals:
         return 0
+    flags = MODELS[model].replace("%", str(seed)) + f" --seed {seed}"
+    name = model if "--env-id" in flags else f"Breakout-{model}"
+    if "--mode pretrain" not in flags:
+        flags += f" --total-timesteps {steps}"
+        name += f"-{steps / 1000:g}k".replace("000k", "M")
+    name += f"-seed{seed}"
     path = Path("runs", name, "checkpoint.pt")
     flags += f" --run-name {name} --env-threads 1 --checkpoint-every 10"
     flags += " --resume" if path.parent.exists() else ""
@@ -70,7 +82,7 @@ def run(name, flags):
             for steps in (100_000, 200_000, 1_000_000, 3_000_000):
                 kept = path.with_stem(f"checkpoint-{steps}")
                 if step >= steps and not kept.exists():
-                    kept.hardlink_to(path)  # the script replaces its file, and never writes into it
+                    kept.hardlink_to(path)  # it is replaced, never changed
     print(f"{name} ended with exit code {process.returncode}", flush=True)
     return process.returncode
 
@@ -87,14 +99,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda number, _: signals.append(number))
-    jobs = {}
-    for seed, model in itertools.product(options.seeds, options.models):
-        flags = MODELS[model].replace("%", str(seed)) + f" --seed {seed}"
-        name = model if "--env-id" in flags else f"Breakout-{model}"
-        if "--mode pretrain" not in flags:
-            flags += f" --total-timesteps {options.steps}"
-            name += f"-{options.steps / 1000:g}k".replace("000k", "M")
-        jobs[f"{name}-seed{seed}"] = flags
+    pairs = itertools.product(options.seeds, options.models)
     with ThreadPoolExecutor(options.processes) as pool:
-        codes = pool.map(run, jobs, jobs.values())
-    sys.exit(any(codes))
+        jobs = [pool.submit(run, model, seed, options.steps) for seed, model in pairs]
+    sys.exit(any(job.result() for job in jobs))
