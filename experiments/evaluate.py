@@ -1,4 +1,4 @@
-"""What a checkpoint has learnt: whole games, the paper's Fig. 1 and Fig. 4, the ball in mu.
+"""What a checkpoint has learnt: whole games, Fig. 1 and 4 of the paper, the ball in mu.
 
 python -m experiments.evaluate play experiments/weights/adapt-10M-seed1.pt
 python -m experiments.evaluate probe runs/<name>/checkpoint*.pt --policy <a player's checkpoint>
@@ -21,7 +21,6 @@ from experiments.run import count
 
 # Where nothing but the ball moves: top, bottom, left, right, margins of y and x
 FIELDS = {"ALE/Breakout-v5": (38, 75, 4, 80, 3, 0), "ALE/Pong-v5": (14, 77, 11, 73, 0, 4)}
-SEED = 1000  # of the games
 
 
 def load(path, **settings):
@@ -39,24 +38,20 @@ def new_games(args, num_envs, seed):
     return vae_ppo.Games(*vae_ppo.make_envs(args), seed)
 
 
-def find_balls(frames, env_id):
-    """x and y of the ball (B, 2), to 2 pixels. NaN: it may not be whole, or the game is another."""
-    top, bottom, left, right, dy, dx = FIELDS.get(env_id, (0, 84, 0, 84, 84, 84))  # none is whole
-    field = frames[:, top:bottom, left + 1 : right - 1].float()  # the edge mixes with the walls
+def watch(player, args, num_envs=1, steps=2000, seed=1001):
+    """Stacks (B, num_stack, 84, 84), balls (B, 2) in their newest frames, and the rows with one.
+    A ball is x and y, to 2 pixels. NaN: it may not be whole, or the game is another."""
+    buffer = vae_ppo.Buffer(player, steps, num_envs)
+    vae_ppo.rollout(player, new_games(args, num_envs, seed), buffer)
+    stacks = buffer.frames[buffer.stack[:-1], torch.arange(num_envs)[:, None]].flatten(0, 1)
+    top, bottom, left, right, dy, dx = FIELDS.get(args.env_id, (0, 84, 0, 84, 84, 84))
+    field = stacks[:, -1, top:bottom, left + 1 : right - 1].float()  # the edge mixes with walls
     field -= field.amin((1, 2), keepdim=True)
     x = field.sum(1) @ torch.arange(left + 1, right - 1).float() / field.sum((1, 2))  # 0 / 0 is NaN
     y = field.sum(2) @ torch.arange(top, bottom).float() / field.sum((1, 2))
     whole = (y - top >= dy) & (bottom - y >= dy) & (x - left >= dx) & (right - x >= dx)
-    return torch.stack([x, y], dim=1).where(whole[:, None], torch.nan)
-
-
-def watch(player, args, num_envs, steps, seed=SEED):
-    """Stacks (B, num_stack, 84, 84), the balls in their newest frames, and the rows with one."""
-    buffer = vae_ppo.Buffer(player, steps, num_envs)
-    vae_ppo.rollout(player, new_games(args, num_envs, seed), buffer)
-    stacks = buffer.frames[buffer.stack[:-1], torch.arange(num_envs)[:, None]].flatten(0, 1)
-    balls = find_balls(stacks[:, -1], args.env_id)
-    return stacks, balls, balls[:, 0].isfinite().nonzero()[:, 0]
+    balls = torch.stack([x, y], dim=1).where(whole[:, None], torch.nan)
+    return stacks, balls, whole.nonzero()[:, 0]
 
 
 def decode(agent, frames):
@@ -95,7 +90,7 @@ def draw(path, rows, balls, crosses=None):
 
 def film(path, panels):
     """Panels {title: pictures} side by side, as a GIF."""
-    pictures = [x if x.ndim == 4 else x[..., None].expand(-1, -1, -1, 3) for x in panels.values()]
+    pictures = [x if x.ndim == 4 else x[..., None].expand(*x.shape, 3) for x in panels.values()]
     small = (torch.cat(pictures, dim=2) * 15).round().byte() * 17  # 16 shades make a small file
     header = Image.new("RGB", (252 * len(panels), 24))  # 3 * 84 = 252
     for number, title in enumerate(panels):
@@ -109,10 +104,10 @@ def play(options):
     args, agent = load(options.checkpoint)
     folder = Path("watched", args.run_name)
     folder.mkdir(parents=True, exist_ok=True)
-    games = new_games(args, options.episodes, SEED)
+    games = new_games(args, options.episodes, seed=1000)
     buffer = vae_ppo.Buffer(agent, 1, options.episodes)
-    scores = np.full(options.episodes, np.nan)  # of each one's first game, not of the shortest
-    while np.isnan(scores).any():  # ale-py ends a game after 27 000 steps at the latest
+    scores = np.full(options.episodes, np.nan)  # of the first games, not of the shortest
+    while np.isnan(scores).any():  # ale-py ends games after 27 000 steps
         score, frame_number = games.score, games.frame_number
         vae_ppo.rollout(agent, games, buffer)
         scores = np.where(np.isnan(scores) & (games.frame_number < frame_number), score, scores)
@@ -121,7 +116,7 @@ def play(options):
     facts = {"global_step": args.global_step, "mean": scores.mean(), "interval": [low, high]}
     path = folder / f"scores-{args.global_step}-{len(scores)}.json"
     path.write_text(json.dumps(facts | {"scores": scores.tolist()}) + "\n")
-    stacks, balls, rows = watch(agent, args, 1, 2000, SEED + 1)
+    stacks, balls, rows = watch(agent, args)
     rows = rows if len(rows) else torch.arange(len(stacks))
     some = rows[torch.linspace(0, len(rows) - 1, 6).long()]
     start = balls[:, 0].isfinite().float().unfold(0, 100, 1).mean(1).argmax()  # most balls
@@ -135,7 +130,7 @@ def play(options):
 
 
 def read_balls(agent, frames, balls, parts):
-    """Fit an MLP from mu to balls (B, 2). Returns what it reads in the test, and R^2 of x and y."""
+    """Fit an MLP from mu to balls (B, 2). Returns what it reads, and the test's R^2 of x and y."""
     learn, stop, test = parts
     torch.manual_seed(0)
     x = torch.cat([agent.encode(batch)[0] for batch in frames.split(500)])
@@ -154,15 +149,15 @@ def read_balls(agent, frames, balls, parts):
         loss = (places - y)[stop].square().mean()
         age += 1
         if loss < best:
-            best, age, answer = loss, 0, places[test]
-    r2 = 1 - (answer - y[test]).square().mean(0) / y[test].var(0, correction=0)
+            best, age, answer = loss, 0, places
+    r2 = 1 - (answer - y)[test].square().mean(0) / y[test].var(0, correction=0)
     return answer * balls[learn].std(0) + balls[learn].mean(0), r2
 
 
 def probe(options):
-    """A row of a CSV for each checkpoint. Learns from 12 games, stops by 4, and tests on 4."""
+    """A row of CSV for each checkpoint. Learns from 12 games, stops by 4, tests on 4."""
     settings, player = load(options.policy or options.checkpoints[-1])
-    stacks, balls, rows = watch(player, settings, 20, options.frames // 20)
+    stacks, balls, rows = watch(player, settings, 20, options.frames // 20, seed=1000)
     frames, balls, part = stacks[rows, -1], balls[rows], rows % 20 % 5
     _, _, test = parts = [x.nonzero()[:, 0] for x in (part < 3, part == 3, part == 4)]
     if min(len(x) for x in parts) < 10:
@@ -173,35 +168,35 @@ def probe(options):
     erased[:, top:bottom, left:right] = frames[:, top:bottom, left:right].amin(0)
     pixels = torch.cartesian_prod(torch.arange(84.0), torch.arange(84.0)).flip(1)  # x and y
     near = (torch.cdist(balls[test], pixels) <= 3).unflatten(1, (84, 84))  # to the ball
-    shown = torch.linspace(0, len(test) - 1, 5).long()
+    true = frames[test][near].float().mean() / 255
+    shown = test[torch.linspace(0, len(test) - 1, 5).long()]
     crosses = {}
     print("run,mode,global_step,player,ball_size,r2_x,r2_y,r2,r2_erased,ball_decoded,ball_true")
     for path in options.checkpoints:
         args, agent = load(path, env_id=settings.env_id)
         places, r2 = read_balls(agent, frames, balls, parts)
         _, r2_erased = read_balls(agent, erased, balls, parts)
-        drawn, true = decode(agent, frames[test])[near].mean(), frames[test][near].float().mean()
-        numbers = [f"{x:.4f}" for x in (*r2, r2.mean(), r2_erased.mean(), drawn, true / 255)]
+        drawn = decode(agent, frames[test])[near].mean()
+        numbers = [f"{x:.4f}" for x in (*r2, r2.mean(), r2_erased.mean(), drawn, true)]
         about = [args.run_name, args.mode, args.global_step, settings.run_name, options.ball]
         print(*about, *numbers, sep=",", flush=True)
         label = f"{args.mode}\nR$^2$ = {r2.mean():.2f}" + " " * len(crosses)  # no label twice
         crosses[label] = places[shown]
     if options.picture:
-        pictures = {label: frames[test[shown]] / 255 for label in crosses}
-        draw(options.picture, pictures, balls[test[shown]], crosses)
+        draw(options.picture, dict.fromkeys(crosses, frames[shown] / 255), balls[shown], crosses)
 
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("play", help="whole games, pictures and a film").add_argument
-    add("checkpoint", help="of any mode; one of pretrain plays at random")
+    add("checkpoint", help="of any mode; one of pretrain plays at random; the ball has size 1")
     add("--episodes", type=count, default=100, help="whole games (default: 100)")
-    add = commands.add_parser("probe", help="R^2 of the ball's place in mu, as CSV").add_argument
+    add = commands.add_parser("probe", help="R^2 of the ball in mu, as CSV").add_argument
     add("checkpoints", nargs="+", help="of runs on Breakout, or all on Pong")
-    add("--policy", help="checkpoint that plays the frames; if not given, the last one")
+    add("--policy", help="checkpoint that plays; if not given, the last one")
     add("--frames", type=count, default=20_000, help="how many it plays (default: 20000)")
-    add("--ball", type=count, default=1, help="Breakout's ball is painted so many times as large")
-    add("--picture", type=Path, help="file for a picture of the places that the MLPs read")
+    add("--ball", type=count, default=1, help="Breakout's ball is so many times as large")
+    add("--picture", type=Path, help="file for a picture of what the MLPs read")
     options = parser.parse_args()
     {"play": play, "probe": probe}[options.command](options)

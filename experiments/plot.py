@@ -111,7 +111,7 @@ def draw_overview(figure):
     args, joint = evaluate.load(HERE / "weights/joint-kappa20-10M-seed1.pt")
     _, vae = evaluate.load(HERE / "weights/pretrain-seed1.pt")
     _, guided = evaluate.load(HERE / "weights/guide0.5-kappa20-10M-seed1.pt")
-    stacks, balls, rows = evaluate.watch(joint, args, 1, 2000, evaluate.SEED + 1)
+    stacks, balls, rows = evaluate.watch(joint, args)
     six = rows[torch.linspace(0, len(rows) - 1, 6).long()]
     frames = stacks[six, -1]
     agents = {"VAE alone": vae, "joint": joint, "guided": guided}
