@@ -1,13 +1,9 @@
-"""The speed of everything that plays Breakout here, measured in turn. Nothing else may run.
-
-pip install stable-baselines3==2.9.2
-python -m experiments.benchmark >> experiments/benchmark.md
-"""
+"""The speed of everything that plays Breakout here, measured in turn. Nothing else may run."""
 
 import os
 import sys
 import time
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -52,7 +48,7 @@ class NatureAgent(vae_ppo.Agent):
 def measure(name, flags):
     """Steps/s of the fourth iteration: a rollout and its updates. The others warm up."""
     if name == "Stable-Baselines3 PPO":  # no VAE; its usual Atari settings
-        from stable_baselines3 import PPO
+        from stable_baselines3 import PPO  # pip install stable-baselines3==2.9.2
         from stable_baselines3.common.env_util import make_atari_env
         from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack
 
@@ -84,7 +80,7 @@ def measure(name, flags):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--repetitions", type=int, choices=range(1, 10), default=5, help="of each (default: 5)")
     add("--only", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="measure only these")

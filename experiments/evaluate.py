@@ -1,12 +1,8 @@
-"""What a checkpoint has learnt: whole games, Fig. 1 and 4 of the paper, the ball in mu.
-
-python -m experiments.evaluate play experiments/weights/adapt-10M-seed1.pt
-python -m experiments.evaluate probe runs/<name>/checkpoint*.pt --policy <a player's checkpoint>
-"""
+"""What a checkpoint has learnt: whole games, Fig. 1 and 4 of the paper, the ball in mu."""
 
 import json
 import sys
-from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +183,7 @@ def probe(options):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("play", help="whole games, pictures and a film").add_argument
     add("checkpoint", help="of any mode; one of pretrain plays at random; the ball has size 1")

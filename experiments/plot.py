@@ -1,13 +1,8 @@
-"""The pictures and the table of experiments/results/, and how a run gets there.
-
-python -m experiments.plot publish runs/Breakout-adapt-10M-seed1 --weights
-python -m experiments.plot figures
-python -m experiments.plot table
-"""
+"""The pictures and the table of experiments/results/, and how a run gets there."""
 
 import csv
 import sys
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +158,7 @@ def publish(options):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("publish", help="copy what runs have made to results/").add_argument
     add("folders", nargs="+", type=Path, help="of runs, like runs/Breakout-adapt-10M-seed1")

@@ -1,8 +1,5 @@
 """Make the runs behind the figures. Ctrl-C and the like save them; the same command goes on.
-The first checkpoints after 100 000, 200 000, 1M and 3M steps are kept beside the last one.
-
-python -m experiments.run fixed adapt joint-kappa20 --steps 10M --seeds 1 2 3
-"""
+The first checkpoints after 100 000, 200 000, 1M and 3M steps are kept beside the last one."""
 
 import itertools
 import os
@@ -10,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,7 +85,7 @@ def run(model, seed, steps):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("models", nargs="+", choices=MODELS, metavar="model", help=", ".join(MODELS))
     add("--steps", type=count, default="10M", help="of each run, like 500k or 10M")
