@@ -129,14 +129,15 @@ def figures(options):
 
 
 def table(options):
-    print("| run |", *[f"{mark / 1e6:g}M |" for mark in MARKS], "\n|---|" + "---|" * len(MARKS))
+    print("|run|", *[f"{mark / 1e6:g}M|" for mark in MARKS], sep="")
+    print("|---|" + "---|" * len(MARKS))
     for model in options.models:
         cells, seeds = [model], read(model)
         for mark in MARKS:
             if mark < 1.001 * min(seed[0, -1] for seed in seeds):  # to a rollout
                 found = [np.interp(mark, *seed) for seed in seeds]
                 cells.append(f"{np.median(found):.1f} ({min(found):.1f} to {max(found):.1f})")
-        print(f"| {' | '.join(cells)} |")
+        print(f"|{'|'.join(cells)}|")
 
 
 def publish(options):

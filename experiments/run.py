@@ -53,6 +53,7 @@ def count(text):
 
 
 def run(model, seed, steps):
+    """Start or resume a run, and keep its first checkpoints. Returns its exit code."""
     if signals:
         return 0
     flags = MODELS[model].replace("%", str(seed)) + f" --seed {seed}"
@@ -76,9 +77,9 @@ def run(model, seed, steps):
             process.wait()
         elif path.exists() and "pretrain" not in command:
             step = torch.load(path, "cpu", weights_only=True)["global_step"]
-            for steps in (100_000, 200_000, 1_000_000, 3_000_000):
-                kept = path.with_stem(f"checkpoint-{steps}")
-                if step >= steps and not kept.exists():
+            for mark in (100_000, 200_000, 1_000_000, 3_000_000):
+                kept = path.with_stem(f"checkpoint-{mark}")
+                if step >= mark and not kept.exists():
                     kept.hardlink_to(path)  # it is replaced, never changed
     print(f"{name} ended with exit code {process.returncode}", flush=True)
     return process.returncode
