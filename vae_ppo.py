@@ -95,7 +95,7 @@ def parse_args(argv=None):
             parser.error(f"--{name} {value} is not from {limits[0]} to {limits[1]:g}")
     segments = args.num_steps // args.segment_length * args.num_envs
     if args.num_steps % args.segment_length or segments % args.num_minibatches:
-        parser.error("--segment-length must divide --num-steps, --num-minibatches the segments")
+        parser.error("--segment-length must divide --num-steps, and --num-minibatches the segments")
     args.learning_rate = args.learning_rate or mode.learning_rate
     args.world_size = int(os.environ.get("WORLD_SIZE") or 1)  # processes, by torchrun
     args.batch_size = args.num_steps * args.num_envs * args.world_size
@@ -598,7 +598,7 @@ def open_log(args, folder, size, global_step):
 
 
 def write_log(file, writer, row):
-    """Append a row to both logs, with the columns of the first one."""
+    """Append a row to both logs. The columns stay those of the first row."""
     if file.tell() == 0:
         print(*row, sep=",", file=file)
     file.seek(0)

@@ -103,7 +103,7 @@ def play(options):
     games = new_games(args, options.episodes, seed=1000)
     buffer = vae_ppo.Buffer(agent, 1, options.episodes)
     scores = np.full(options.episodes, np.nan)  # of the first games, not of the shortest
-    while np.isnan(scores).any():  # ale-py ends games after 27 000 steps
+    while np.isnan(scores).any():  # ale-py's limit is 27 000 steps
         score, frame_number = games.score, games.frame_number
         vae_ppo.rollout(agent, games, buffer)
         scores = np.where(np.isnan(scores) & (games.frame_number < frame_number), score, scores)
@@ -157,7 +157,7 @@ def probe(options):
     frames, balls, part = stacks[rows, -1], balls[rows], rows % 20 % 5
     _, _, test = parts = [x.nonzero()[:, 0] for x in (part < 3, part == 3, part == 4)]
     if min(len(x) for x in parts) < 10:
-        sys.exit(f"{len(rows)} frames of {settings.env_id} have the ball: too few, raise --frames")
+        sys.exit(f"{len(rows)} frames have a ball (known in Breakout and Pong): raise --frames")
     large_ball.paint(frames, options.ball)
     erased = frames.clone()
     top, bottom, left, right, *_ = FIELDS[settings.env_id]

@@ -14,7 +14,7 @@ def paint(frames, times):
 
 
 if __name__ == "__main__":
-    vae_ppo.FLAGS.append(("run", "ball", 1, (1, 9), "size of the ball, also when you --resume"))
+    vae_ppo.FLAGS.append(("run", "ball", 1, (1, 9), "size of the ball; --resume needs it, too"))
     args = vae_ppo.parse_args()
     step, collect = vae_ppo.Games.step, vae_ppo.collect_frames
 

@@ -166,6 +166,6 @@ if __name__ == "__main__":
     add("--weights", action="store_true", help="copy the weights, too, in half precision")
     commands.add_parser("figures", help="draw the pictures of the READMEs")
     add = commands.add_parser("table", help="print scores in Markdown").add_argument
-    add("models", nargs="*", default=FIG3 | FIG5, help="like adapt-10M; if not given, all of both")
+    add("models", nargs="*", default=FIG3 | FIG5, help="like adapt-10M; else those of Fig. 3 and 5")
     options = parser.parse_args()
     {"publish": publish, "figures": figures, "table": table}[options.command](options)
