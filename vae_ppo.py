@@ -47,7 +47,7 @@ FLAGS = [  # group (see MODES), name, default, limits, help ("authors": as in th
     ("run", "learning-rate", 0.0, FROM_0, "of Adam; 0: 1e-3 (adapt 5e-4, pretrain 1e-4)"),
     ("run", "num-envs", 16, (1, 4096), "N, games at once (authors)"),
     ("run", "repeat-action-probability", 0.0, SHARE, "sticky actions (paper: none)"),
-    ("run", "env-threads", 0, FROM_0, "of the emulator; 0: one per core"),
+    ("run", "env-threads", 0, FROM_0, "threads of the emulator; 0: one per core"),
     ("run", "latent-dim", 20, COUNT, "numbers in z (authors)"),
     ("frames", "policy", "", None, "a player's checkpoint; else random actions"),
     ("frames", "num-frames", 25_000, COUNT, "frames to learn from (paper)"),
@@ -91,8 +91,8 @@ def parse_args(argv=None):
         value = getattr(args, name.replace("-", "_"))
         if group not in mode.flags and value != default:
             parser.error(f"--mode {args.mode} does not use --{name}")
-        if limits and not limits[0] <= value <= limits[1]:  # nor NaN
-            parser.error(f"--{name} {value} is not from {limits[0]} to {limits[1]:g}")
+        if limits and not limits[0] <= value <= limits[1]:  # NaN is outside, too
+            parser.error(f"--{name} must be from {limits[0]} to {limits[1]:g}, not {value}")
     segments = args.num_steps // args.segment_length * args.num_envs
     if args.num_steps % args.segment_length or segments % args.num_minibatches:
         parser.error("--segment-length must divide --num-steps, and --num-minibatches the segments")

@@ -29,10 +29,10 @@ MARKS = (100_000, 250_000, 500_000, 1_000_000, 3_000_000, 10_000_000)  # of the 
 def read(model, column=SCORE):
     """For each seed an array: steps, and a column of its curve or of probe.csv."""
     seeds = {}
-    for path in [*sorted(RESULTS.glob(f"{model}-seed*.csv")), RESULTS / "probe.csv"]:
+    for path in sorted(RESULTS.glob(f"{model}-seed*.csv" if column == SCORE else "probe.csv")):
         for row in csv.DictReader(path.open()):
             run = row.get("run", path.stem).removeprefix("Breakout-")
-            if run.startswith(f"{model}-seed") and row.get(column) not in (None, "", "nan"):
+            if run.startswith(f"{model}-seed") and row[column] not in ("", "nan"):
                 seeds.setdefault(run, []).append([float(row["global_step"]), float(row[column])])
     seeds or sys.exit(f"there is no run of {model} in {RESULTS}")
     return [np.array(pairs).T for pairs in seeds.values()]
